@@ -1,0 +1,35 @@
+"""From a trained model in a notebook to a healthy production asset, without leaving JupyterLab."""
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    from mlops_nb.interface.verbs import VERBS
+
+    if name in VERBS:
+        return VERBS[name].target
+    if name == "output":
+        from mlops_nb.core.step import output
+
+        return output
+    raise AttributeError(f"module 'mlops_nb' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from mlops_nb.interface.verbs import VERBS
+
+    return [*VERBS, "output", "__version__"]
+
+
+def load_ipython_extension(shell: object) -> None:
+    """`%load_ext mlops_nb`: the %mlops and %%mlops magics, with completion."""
+    from mlops_nb.interface.magics import load
+
+    load(shell)
+
+
+def unload_ipython_extension(shell: object) -> None:
+    """`%unload_ext mlops_nb`."""
+    from mlops_nb.interface.magics import unload
+
+    unload(shell)

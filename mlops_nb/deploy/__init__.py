@@ -1,0 +1,3 @@
+from mlops_nb.core.callable import callable_package
+
+callable_package(__name__, "deployments:deploy")
