@@ -33,3 +33,13 @@ def unload_ipython_extension(shell: object) -> None:
     from mlops_nb.interface.magics import unload
 
     unload(shell)
+
+
+def _jupyter_labextension_paths() -> list[dict[str, str]]:
+    """Where JupyterLab finds the panel."""
+    return [{"src": "labextension", "dest": "mlops-nb"}]
+
+
+def _jupyter_server_extension_points() -> list[dict[str, str]]:
+    """Where a Jupyter server finds the routes."""
+    return [{"module": "mlops_nb.interface.lab"}]

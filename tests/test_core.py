@@ -103,6 +103,13 @@ def test_a_read_only_disk_is_one_sentence(tiny_disk):
     assert read_json(tiny_disk / "facts.json") == {"n": 1}
 
 
+def test_a_file_in_the_place_of_a_folder_is_one_sentence(tmp_path):
+    (tmp_path / ".mlops").write_text("")
+    for act in (lambda: write_json(tmp_path / ".mlops" / "x.json", {}), lambda: locked(tmp_path / ".mlops" / "x.lock").__enter__()):
+        with pytest.raises(Unavailable, match="a file stands where a folder was expected; move it away"):
+            act()
+
+
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "run.json").write_text('{"n": 1')
     with pytest.raises(Invalid, match="run.json is damaged"):

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "mlops_nb"
 ROWS = [{"core"}, {"data", "model"}, {"validate", "monitor"}, {"serve"}, {"deploy"}, {"pipeline"}, {"interface"}]
 FLOOR = {name: row for row, names in enumerate(ROWS) for name in names}
 DOORS = {
-    "mlflow": {"model/registry.py"},
+    "mlflow": {"model/backend.py"},
     "papermill": {"pipeline/notebook.py"},
     "starlette": {"serve/app.py"},
     "granian": {"serve/server.py"},

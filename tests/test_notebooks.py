@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path for folder in ("nbs", "examples") for path in (ROOT / folder).rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
@@ -31,7 +32,7 @@ def lesson(cell: dict) -> bool:
 
 
 def statements(cell: dict) -> list[ast.stmt]:
-    return ast.parse("\n".join(line for line in cell["text"].splitlines() if not line.startswith(("%", "!")))).body
+    return ast.parse(TransformerManager().transform_cell(cell["text"])).body
 
 
 def is_import(node: ast.stmt) -> bool:

@@ -23,6 +23,7 @@ ADVICE = {
     errno.EROFS: "the file system is read-only; choose another folder in settings.ini",
     errno.EACCES: "you may not write there; change the permissions or choose another folder in settings.ini",
     errno.EPERM: "you may not write there; change the permissions or choose another folder in settings.ini",
+    errno.EEXIST: "a file stands where a folder was expected; move it away",
     errno.ENOTDIR: "a file stands where a folder was expected; move it away",
 }
 

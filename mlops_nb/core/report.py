@@ -225,8 +225,8 @@ CSS = """
 .mlops-report h1{font-size:1.45em;margin-top:.2em}.mlops-report h2{font-size:1.15em}.mlops-report h3,.mlops-report h4{font-size:1em}
 .mlops-report p{margin:.4em 0}
 .mlops-report table{border-collapse:collapse;margin:.3em 0;font-size:.93em;font-variant-numeric:tabular-nums;border:0;color:inherit;table-layout:auto}
-.mlops-report th,.mlops-report td{text-align:left;padding:.3em .9em .3em 0;border:0;border-bottom:1px solid color-mix(in srgb,currentColor 16%,transparent);background:none;color:inherit;vertical-align:top;white-space:normal;max-width:26rem;overflow-wrap:anywhere}
-.mlops-report th{font-weight:600;opacity:.75;overflow-wrap:normal}.mlops-report td.mlops-number,.mlops-report th.mlops-number{text-align:right}
+.mlops-report th,.mlops-report td{text-align:left;padding:.3em .9em .3em 0;border:0;border-bottom:1px solid color-mix(in srgb,currentColor 16%,transparent);background:none;color:inherit;vertical-align:top;white-space:normal;max-width:26rem;overflow-wrap:break-word}
+.mlops-report th{font-weight:600;opacity:.75}.mlops-report td.mlops-number,.mlops-report th.mlops-number{text-align:right}
 .mlops-report tr{background:none!important}
 .mlops-figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.6rem;margin:.6em 0}
 .mlops-figures div{border:1px solid color-mix(in srgb,currentColor 16%,transparent);border-radius:6px;padding:.45em .7em;overflow-wrap:anywhere}

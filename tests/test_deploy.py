@@ -1,0 +1,322 @@
+"""What happens to a deployment when versions change, processes die and people hurry."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pandas as pd
+import psutil
+import pytest
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="local deployments hand over ports as POSIX systems do")
+
+from mlops_nb.core.errors import Conflict, GateFailed, Invalid, NotFound, Unavailable, Untrusted
+from mlops_nb.core.files import digest_of, read_json, write_json
+from mlops_nb.core.settings import init
+from mlops_nb.deploy import local
+from mlops_nb.deploy.deployments import deploy, deployment, deployments, folder_of, record_of, states, undeploy
+from mlops_nb.deploy.tokens import private_token, token_file, token_of
+from mlops_nb.serve.server import listen
+
+ROWS = pd.DataFrame({"pieces": [2, 30], "price": [1.5, 3.75]})
+
+
+@pytest.fixture(scope="session")
+def registered(tmp_path_factory):
+    "A project with three versions of a model that can be told apart by what they answer: its own number."
+    from sklearn.dummy import DummyRegressor
+
+    from mlops_nb.model.registry import register
+
+    folder = tmp_path_factory.mktemp("template") / "shop"
+    init(str(folder), name="shop")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for version in (1, 2, 3):
+            register(DummyRegressor(strategy="constant", constant=version).fit(ROWS, [0, 1]), "large", example=ROWS)
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def shop(registered, tmp_path, monkeypatch):
+    folder = tmp_path / "shop"
+    shutil.copytree(registered, folder)
+    monkeypatch.setenv("MLOPS_HOME", str(tmp_path / "home"))
+    for name in ("MLOPS_PROJECT", "MLOPS_TOKEN", "MLOPS_STEP_FOLDER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(folder)
+    yield folder
+    monkeypatch.chdir(folder)
+    for file in folder.glob(".mlops/deployments/*/state.json"):
+        record = read_json(file)
+        local.stop(record["pid"], record["created_at"], patience_s=5)
+
+
+def gone(pid: int, patience_s: float = 30) -> bool:
+    latest = time.monotonic() + patience_s
+    while local.created(pid) and time.monotonic() < latest:
+        time.sleep(0.05)
+    return not local.created(pid)
+
+
+def test_a_deployment_answers_is_replaced_at_the_same_address_and_stopped(shop):
+    first = deploy("large@1")
+    assert first.predict(ROWS) == [1, 1] and first.predict(ROWS.to_dict("records")) == [1, 1] and first.predict(ROWS.head(1).to_numpy()) == [1]
+    second = deploy("large@2", name="large")
+    assert second.url == first.url and second.pid != first.pid and first.predict(ROWS) == [2, 2]
+    assert gone(first.pid) and second.status()["state"] == "running"
+    assert [(one["model"], bool(one["until"])) for one in record_of("large")["history"]] == [("large@1", True), ("large@2", False)]
+    assert deployments().facts["summary"] == "1 of 1 running" and "large@2" in str(deployment("large"))
+    undeploy("large")
+    assert gone(second.pid) and [row["state"] for row in states()] == ["stopped"] and undeploy("large").facts["summary"] == "was stopped already"
+    with pytest.raises(Unavailable, match="has stopped"):
+        second.predict(ROWS)
+    third = deploy("large@3")
+    assert third.url == first.url and third.predict(ROWS) == [3, 3] and len(record_of("large")["history"]) == 3
+
+
+def test_many_rows_go_in_several_requests_and_into_the_prediction_log(shop):
+    from mlops_nb.monitor.predictions import predictions_of
+
+    one = deploy("large@1")
+    many = pd.DataFrame({"pieces": range(2500), "price": 1.0})
+    assert one.predict(many) == [1] * 2500
+    one.stop()  # waits for the log of the last answer
+    log = predictions_of("large").read()
+    assert sorted(log["pieces"]) == list(range(2500)) and set(log["model"]) == {"large@1"} and log["request"].nunique() == 3
+
+
+def test_replacing_under_load_fails_no_request(shop):
+    one = deploy("large@1")
+    token, stop, answers, failures = token_of("large"), threading.Event(), [], []
+
+    def customer(keeps_connection: bool):
+        headers = {"Authorization": f"Bearer {token}"} | ({} if keeps_connection else {"Connection": "close"})
+        with httpx.Client(trust_env=False, timeout=60, headers=headers) as client:
+            while not stop.is_set():
+                try:
+                    got = client.post(f"{one.url}/invocations", json={"instances": [[2, 1.5]]})
+                    (answers if got.status_code == 200 else failures).append(got.json().get("predictions"))
+                except httpx.HTTPError as error:
+                    failures.append(repr(error))
+
+    customers = [threading.Thread(target=customer, args=(i % 2 == 0,)) for i in range(4)]
+    for thread in customers:
+        thread.start()
+    try:
+        for version in (2, 3, 1):
+            deploy(f"large@{version}", name="large")
+            n_before = len(answers)
+            while len(answers) < n_before + 100:
+                time.sleep(0.01)
+    finally:
+        stop.set()
+        for thread in customers:
+            thread.join()
+    assert failures == [] and {tuple(one) for one in answers} == {(1,), (2,), (3,)}
+
+
+@pytest.mark.parametrize("fault", ["changed file", "refuses its example", "no such loader"])
+def test_a_version_that_fails_leaves_the_old_one_running(shop, fault, monkeypatch):
+    from mlops_nb.model.registry import attach, model
+
+    one = deploy("large@1")
+    if fault == "changed file":
+        file = shop / model("large@2").file
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    elif fault == "refuses its example":
+        attach("large@2", "example", {"columns": ["pieces", "price"], "data": [["two", 1.5]]})
+    else:
+        monkeypatch.setattr("mlops_nb.deploy.deployments.REGISTERED", "mlops_nb.serve.server:nothing")
+    before = record_of("large")
+    with pytest.raises(Unavailable, match=r"large@2 was not deployed.*large@1 keeps answering"):
+        deploy("large@2")
+    assert record_of("large") == before and one.predict(ROWS) == [1, 1]
+    ours = [process for process in psutil.process_iter(["cmdline", "cwd"]) if "mlops_nb.deploy.local" in (process.info["cmdline"] or []) and process.info["cwd"] == str(shop)]
+    assert [process.pid for process in ours] == [one.pid]
+
+
+def test_the_try_out_is_not_in_the_prediction_log(shop):
+    from mlops_nb.model.registry import attach
+    from mlops_nb.monitor.predictions import predictions_of
+
+    attach("large@1", "example", {"columns": ["pieces", "price"], "data": [[2, 1.5]]})
+    deploy("large@1").stop()
+    assert predictions_of("large").days() == []
+
+
+def test_the_gate(shop):
+    from mlops_nb.model.registry import attach
+
+    attach("large@1", "validation", {"title": "Validation", "checks": [{"name": "ndcg", "passed": False, "value": 0.1, "expected": "> 0.3"}]})
+    with pytest.raises(GateFailed, match="ndcg.*force"):
+        deploy("large@1")
+    assert states() == []
+    attach("large@2", "validation", {"title": "Validation", "passed": False})
+    with pytest.raises(GateFailed):
+        deploy("large@2")
+    deploy("large@1", force=True)
+    assert record_of("large")["history"][0]["why"] == "forced: validation failed"
+
+
+def test_kill_9_is_seen_and_the_next_deploy_has_the_same_address(shop):
+    one = deploy("large@1")
+    os.kill(one.pid, signal.SIGKILL)
+    assert gone(one.pid) and one.status()["state"] == "died" and [row["state"] for row in states()] == ["died"]
+    with pytest.raises(Unavailable, match="has died; deploy large@1 again"):
+        one.predict(ROWS)
+    two = deploy("large@2")
+    assert two.url == one.url and two.predict(ROWS) == [2, 2]
+    os.kill(two.pid, signal.SIGKILL)
+    assert gone(two.pid) and "died already" in undeploy("large").facts["summary"]
+
+
+def test_a_stranger_under_the_same_number_is_left_alone(shop):
+    one = deploy("large@1")
+    undeploy("large")
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        record = record_of("large")
+        write_json(folder_of("large") / "state.json", record | {"pid": stranger.pid, "stopped_at": ""})
+        assert [row["state"] for row in states()] == ["died"]
+        undeploy("large")
+        assert stranger.poll() is None and one.pid != stranger.pid
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_two_deploys_at_once_take_turns(shop):
+    errors = []
+
+    def go(version):
+        try:
+            deploy(f"large@{version}", name="large")
+        except Exception as error:
+            errors.append(error)
+
+    together = [threading.Thread(target=go, args=(version,)) for version in (1, 2)]
+    for thread in together:
+        thread.start()
+    for thread in together:
+        thread.join()
+    history = record_of("large")["history"]
+    assert errors == [] and sorted(one["model"] for one in history) == ["large@1", "large@2"] and [bool(one["until"]) for one in history] == [True, False]
+    assert deployment("large").predict(ROWS)[0] == int(history[-1]["model"][-1])
+
+
+def test_a_candidate_whose_deployer_died_ends_itself(shop):
+    script = f"""
+import os
+from pathlib import Path
+from mlops_nb.deploy.local import start
+candidate = start({{"project": {str(shop)!r}, "name": "large", "model": "large@1", "instance": "orphan-{os.getpid()}", "loader": "mlops_nb.serve.server:registered"}},
+                  token_digest="0" * 64, log=Path("server.log"))
+candidate.hear(120)
+print(candidate.process.pid, flush=True)
+os._exit(9)
+"""
+    said = subprocess.run([sys.executable, "-c", script], cwd=shop, capture_output=True, text=True, timeout=180)
+    assert said.returncode == 9, said.stderr
+    assert gone(int(said.stdout))
+
+
+def test_it_survives_the_process_that_deployed(shop):
+    said = subprocess.run([sys.executable, "-c", "from mlops_nb.deploy.deployments import deploy; print(deploy('large@1').pid)"], capture_output=True, text=True, timeout=180, start_new_session=True)
+    one = deployment("large")
+    assert int(said.stdout) == one.pid and one.predict(ROWS) == [1, 1]
+    undeploy("large")
+    assert gone(one.pid)
+
+
+def test_ports(shop):
+    with listen() as taken:
+        with pytest.raises(Conflict, match="taken by another process"):
+            deploy("large@1", port=taken.getsockname()[1])
+    assert states() == []
+    one = deploy("large@1")
+    with listen() as free:
+        port = free.getsockname()[1]
+    two = deploy("large@2", port=port)
+    assert two.url.endswith(f":{port}") and gone(one.pid) and two.predict(ROWS) == [2, 2]
+    undeploy("large")
+    with listen("127.0.0.1", port):
+        moved = deploy("large@1")
+        assert moved.url != two.url and moved.predict(ROWS) == [1, 1]
+
+
+@pytest.mark.parametrize("call, error, words", [
+    (lambda: deploy("large@1", to="kubernetes"), Unavailable, "does not exist yet"), (lambda: deploy("large@1", to="moon"), Invalid, "no target"), (lambda: deploy("large@9"), NotFound, "there are"),
+    (lambda: deploy("larg"), NotFound, "did you mean large"), (lambda: deploy("large@1", name="a@b"), Invalid, "plain deployment"), (lambda: deploy("large@1", port=99999), Invalid, "65535"),
+    (lambda: undeploy("large"), NotFound, "there are none yet"), (lambda: deployment("../x"), Invalid, "not an address")])
+def test_mistakes_of_a_person(shop, call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+    assert states() == []
+
+
+def everything_under(folder: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())
+
+
+def test_the_token_is_nowhere_in_the_project_nor_in_the_process(shop, capfd):
+    one = deploy("large@1")
+    one.predict(ROWS)
+    assert httpx.get(f"{one.url}/ping", trust_env=False).status_code == 401
+    file, token = token_file("large"), token_of("large")
+    assert file.stat().st_mode & 0o777 == 0o600 and not file.is_relative_to(shop) and len(token) >= 43
+    process = psutil.Process(one.pid)
+    assert token not in " ".join(process.cmdline()) and token not in process.environ().values()
+    one.stop()
+    seen = everything_under(shop) + "".join(capfd.readouterr()).encode() + repr(one).encode() + str(one).encode()
+    assert token.encode() not in seen and digest_of(token.encode()).encode() not in seen
+
+
+def test_a_token_from_the_environment(shop, monkeypatch):
+    settings = shop / "settings.ini"
+    settings.write_text(settings.read_text() + "\n[deploy.large]\ntoken_env = SHOP_TOKEN\n")
+    with pytest.raises(Invalid, match="SHOP_TOKEN, which is not set"):
+        deploy("large@1")
+    monkeypatch.setenv("SHOP_TOKEN", "from-the-secret-store")
+    monkeypatch.setenv("MLOPS_STEP_FOLDER", str(shop))
+    one = deploy("large@1")
+    assert one.predict(ROWS) == [1, 1] and not token_file("large").exists()
+    assert not {"SHOP_TOKEN", "MLOPS_STEP_FOLDER"} & set(psutil.Process(one.pid).environ())
+    one.stop()
+    assert b"from-the-secret-store" not in everything_under(shop)
+
+
+def test_a_token_file_that_others_can_read_is_refused(shop):
+    file = token_file("large")
+    made = []
+    together = [threading.Thread(target=lambda: made.append(private_token(file))) for _ in range(8)]
+    for thread in together:
+        thread.start()
+    for thread in together:
+        thread.join()
+    assert len(set(made)) == 1 and [one.name for one in file.parent.iterdir()] == ["large"]
+    file.chmod(0o640)
+    with pytest.raises(Untrusted, match="chmod 600"):
+        deploy("large@1")
+
+
+def test_states_are_cheap(shop):
+    code = "import sys; from mlops_nb.deploy.deployments import states; states(); print([m for m in ('mlflow', 'pandas', 'sklearn', 'starlette', 'httpx', 'numpy', 'granian') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout.strip() == "[]"
+
+
+def test_a_damaged_record_says_so(shop):
+    (folder_of("large")).mkdir(parents=True)
+    (folder_of("large") / "state.json").write_text('{"name": "lar')
+    with pytest.raises(Invalid, match="damaged"):
+        states()
+    (folder_of("large") / "state.json").unlink()

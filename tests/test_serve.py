@@ -1,0 +1,249 @@
+"""What a client of the serving app meets: the token, the protocol's forms, and a sentence for each mistake."""
+
+import signal
+import subprocess
+import sys
+
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
+from starlette.testclient import TestClient
+
+from mlops_nb.core.errors import Conflict, Invalid
+from mlops_nb.core.files import digest_of
+from mlops_nb.serve.app import Limits, Served, app
+from mlops_nb.serve.protocol import columns_of, frame_of, parse_csv, parse_json
+from mlops_nb.serve.server import listen, serve
+
+TOKEN = "a-token-for-tests"
+INPUTS = [{"name": "pieces", "type": "long", "required": True}, {"name": "price", "type": "double", "required": True},
+          {"name": "country", "type": "string", "required": True}, {"name": "gift", "type": "boolean", "required": False}]
+ROW = {"pieces": 2, "price": 1.5, "country": "France"}
+
+
+class Shelf:
+    "A model whose answers can be worked out by hand, and which fails when told to."
+
+    def predict(self, rows, k: int = 10, new_only: bool = False):
+        if (rows["country"] == "ValueError").any():
+            raise ValueError(f"SECRET {rows.to_dict()}")
+        if (rows["country"] == "RuntimeError").any():
+            raise RuntimeError(f"SECRET {rows.to_dict()}")
+        return (rows["pieces"] * rows["price"]).to_numpy()
+
+
+def client(predict=Shelf().predict, inputs=INPUTS, token=TOKEN, **more) -> TestClient:
+    served = Served(predict, "shelf", 3, columns_of(inputs), digest="d1", instance="i1")
+    return TestClient(app(served, token_digest=digest_of(TOKEN.encode()), **more), headers={"Authorization": f"Bearer {token}"} if token else {})
+
+
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic " + TOKEN, TOKEN, f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}",
+                                    "Bearer " + digest_of(TOKEN.encode())])
+def test_no_route_answers_without_the_token(header):
+    made = client(token="").app
+    asking = TestClient(made)
+    paths = [(method, route.path) for route in made.routes for method in route.methods] + [("GET", "/nowhere"), ("POST", "/v2/models")]
+    assert {path for _, path in paths} > {"/ping", "/health", "/version", "/invocations", "/predict"}
+    for method, path in paths:
+        got = asking.request(method, path, headers={"Authorization": header} if header is not None else {})
+        assert got.status_code == 401 and got.headers["www-authenticate"] == "Bearer", (method, path)
+    for path in ("/ping", "/health", "/version"):
+        assert asking.get(path, headers={"Authorization": f"bearer {TOKEN}"}).status_code == 200
+
+
+def test_version_says_what_answers():
+    assert client().get("/version").json().items() >= {"model": "shelf@3", "digest": "d1", "instance": "i1"}.items()
+
+
+# the request forms of MLflow's documentation ("Local Inference Spec"), on columns of ours
+FORMS = [
+    {"dataframe_split": {"columns": ["pieces", "price", "country"], "data": [[2, 1.5, "France"], [3, 2, "Spain"]]}},
+    {"dataframe_split": {"index": [7, 9], "columns": ["country", "price", "pieces"], "data": [["France", 1.5, 2], ["Spain", 2, 3]]}},
+    {"dataframe_records": [ROW, {"pieces": 3, "price": 2, "country": "Spain", "extra": [1]}]},
+    {"instances": [ROW, {"pieces": 3, "price": 2, "country": "Spain"}]},
+    {"inputs": {"pieces": [2, 3], "price": [1.5, 2], "country": ["France", "Spain"]}},
+    {"inputs": [ROW, {"pieces": 3.0, "price": 2, "country": "Spain"}], "params": {"k": 5}},
+]
+
+
+@pytest.mark.parametrize("body", FORMS)
+def test_every_form_of_mlflow(body):
+    got = client().post("/invocations", json=body, headers={"Content-Type": "application/json; charset=utf-8"})
+    assert got.status_code == 200 and got.json() == {"predictions": [3.0, 6.0]}
+
+
+def test_lists_without_names_are_taken_in_the_recorded_order():
+    inputs = {"pieces": "long", "price": "double", "country": "string"}
+    assert client(inputs=inputs).post("/invocations", json={"instances": [[2, 1.5, "France"]]}).json() == {"predictions": [3.0]}
+    got = client(inputs=inputs).post("/invocations", json={"instances": [[2, 1.5]]})
+    assert got.status_code == 422 and "2 values; expected 3" in got.json()["error"]
+
+
+def test_mlflows_own_encoder_is_understood():
+    from mlflow.utils.proto_json_utils import dump_input_data
+
+    frame = pd.DataFrame([ROW, {"pieces": 3, "price": 2.0, "country": "Spain"}])
+    headers = {"Content-Type": "application/json"}
+    assert client().post("/invocations", content=dump_input_data(frame), headers=headers).json() == {"predictions": [3.0, 6.0]}
+    assert client(lambda rows: rows.sum(axis=1), inputs=None).post("/invocations", content=dump_input_data(np.ones((2, 3))), headers=headers).json() == {"predictions": [3.0, 3.0]}
+
+
+def test_csv():
+    body = "country,pieces,price\nFrance,2,1.5\n\"Spain, south\",3,2\n"
+    for kind in ("text/csv", "text/csv; charset=utf-8"):
+        assert client().post("/invocations", content=body, headers={"Content-Type": kind}).json() == {"predictions": [3.0, 6.0]}
+
+
+JSON = "application/json"
+MALFORMED = [
+    (b"", JSON, 400, "not JSON"), (b"{", JSON, 400, "not JSON"), (b"\xff\xfe", JSON, 400, "not JSON"), (b"[1]", JSON, 400, "list"), (b"null", JSON, 400, "null"), (b"NaN", JSON, 400, "not JSON"),
+    (b"[" * 5000, JSON, 400, "not JSON"), (b"{}", JSON, 400, "exactly one"), (b'{"instances": []}', JSON, 400, "at least one"), (b'{"instances": 3}', JSON, 400, "list of rows"),
+    (b'{"instances": [[1], [1, 2]]}', JSON, 400, "1 to 2 values"), (b'{"instances": [[1], {"a": 1}]}', JSON, 400, "mixes"), (b'{"instances": [1], "inputs": [1]}', JSON, 400, "exactly one"),
+    (b'{"dataframe_split": {"columns": ["a"]}}', JSON, 400, "columns and data"), (b'{"dataframe_split": {"columns": ["a", "a"], "data": [[1, 2]]}}', JSON, 400, "different names"),
+    (b'{"dataframe_split": {"columns": ["a"], "data": [[1, 2]]}}', JSON, 400, "row 0"), (b'{"dataframe_split": {"columns": [1], "data": [[1]]}}', JSON, 400, "names"),
+    (b'{"dataframe_split": {"columns": ["a"], "data": [1]}}', JSON, 400, "list of values"), (b'{"inputs": {"a": [1], "b": [1, 2]}}', JSON, 400, "one length"), (b'{"inputs": {}}', JSON, 400, "one length"),
+    (b'{"dataframe_records": [{}], "parms": {}}', JSON, 400, "'parms'"), (b'{"dataframe_records": [{"a": 1}], "params": [1]}', JSON, 400, "params"),
+    (b'{"dataframe_records": [{"pieces": 2}]}', JSON, 422, "column 'price'"), (b'{"dataframe_records": [{}]}', JSON, 422, "column 'pieces'"),
+    (b"pieces,price\n2\n", "text/csv", 400, "row 0"), (b"pieces", "text/csv", 400, "1 lines"), (b"", "text/csv", 400, "0 lines"), (b"\xff,\n1,2\n", "text/csv", 400, "UTF-8"),
+    (b'a,b\n"1,2\n', "text/csv", 400, "CSV"), (b"a,a\n1,2\n", "text/csv", 400, "different names"), (b"pieces,price,country\nmany,1,x\n", "text/csv", 422, "'pieces'"),
+    (b"pieces,price,country\n,1,x\n", "text/csv", 422, "got null"), (b"pieces,price,country\n" + b"9" * 5000 + b",1,x\n", "text/csv", 422, "'pieces'"),
+    (b"{}", "", 415, "application/json"), (b"{}", "text/plain", 415, "text/plain"), (b"{}", "application/json; charset=latin-1", 415, "utf-8"), (b"a=1", "application/x-www-form-urlencoded", 415, "form"),
+]
+
+
+@pytest.mark.parametrize("body, kind, status, words", MALFORMED)
+def test_a_bad_body_gets_a_4xx_and_a_sentence(body, kind, status, words):
+    asking = client()
+    got = asking.post("/invocations", content=body, headers={"Content-Type": kind} if kind else {})
+    assert (got.status_code, list(got.json())) == (status, ["error"]) and words in got.json()["error"]
+    assert client().post("/predict", content=body, headers={"Content-Type": kind} if kind else {}).status_code in (400, 415, 422)
+    assert asking.post("/predict", json=[ROW]).status_code == 200
+
+
+WRONG = [("pieces", "2", "an integer, got a string"), ("pieces", 2.5, "an integer, got a number"), ("pieces", None, "an integer, got null"), ("pieces", True, "an integer, got true or false"),
+         ("pieces", 2**63, "an integer"), ("pieces", [2], "an integer, got a list"), ("price", "1.5", "a number, got a string"), ("price", True, "a number, got true or false"),
+         ("country", 5, "a string, got an integer"), ("country", {"code": "FR"}, "a string, got an object"), ("gift", 1, "true or false, got an integer")]
+
+
+@pytest.mark.parametrize("column, value, words", WRONG)
+def test_a_wrong_value_is_named_by_row_column_expected_and_got(column, value, words):
+    seen = []
+    got = client(lambda rows: seen.append(rows)).post("/invocations", json={"dataframe_records": [ROW | {"gift": False}, {**ROW, "gift": True, column: value}]})
+    assert got.status_code == 422 and f"row 1, column {column!r}: expected {words}" in got.json()["error"] and not seen
+
+
+def test_types_arrive_as_they_were_in_training():
+    frame = frame_of(parse_json(b'{"dataframe_records": [{"n": 1, "x": 1, "s": null, "t": "2011-11-09T10:00:00Z"}, {"n": 2.0, "x": null, "s": "a", "t": "2011-11-10"}]}'),
+                     columns_of({"n": "long", "x": "double", "s": "string", "t": "datetime"}))
+    assert frame["n"].dtype == "int64" and frame["x"].dtype == "float64" and frame["x"].isna().tolist() == [False, True] and frame["t"].dt.day.tolist() == [9, 10]
+    with pytest.raises(Invalid, match="column 't'"):
+        frame_of(parse_json(b'{"inputs": {"t": ["the ninth"]}}'), columns_of({"t": "datetime"}))
+    text = frame_of(parse_csv(b"n,x,s,t\n1,,,2011-11-09\n", columns_of({"n": "long", "x": "double", "s": "string", "t": "datetime"})), columns_of({"n": "long", "x": "double", "s": "string"}))
+    assert list(text) == ["n", "x", "s"] and text["x"].isna().all() and text["s"].isna().all()
+
+
+@pytest.mark.parametrize("params, words", [({"K": 3}, "'K'"), ({"k": "3"}, "integer"), ({"k": True}, "integer"), ({"new_only": 1}, "true or false")])
+def test_a_param_the_model_does_not_take_is_refused(params, words):
+    got = client().post("/invocations", json={"instances": [ROW], "params": params})
+    assert got.status_code == 422 and words in got.json()["error"]
+
+
+def test_a_recommender_answers_k_items_a_row():
+    def recommend(rows, k: int = 10, new_only: bool = False):
+        answers = np.empty((len(rows), k), dtype=object)
+        answers[:] = [[f"{user:g}-{rank}-{new_only}" for rank in range(k)] for user in rows["user"]]
+        return answers
+
+    asking = client(recommend, {"user": "double"})
+    assert asking.post("/invocations", json={"instances": [{"user": 7}, {"user": 8}], "params": {"k": 2, "new_only": True}}).json() == {
+        "predictions": [["7-0-True", "7-1-True"], ["8-0-True", "8-1-True"]]}
+    assert len(asking.post("/predict", json={"records": [{"user": 7}], "params": {"k": 3}}).json()["records"][0]["prediction"]) == 3
+
+
+@pytest.mark.parametrize("predictions, expected", [
+    (pd.DataFrame({"p": [0.5], "label": ["a"]}), [{"p": 0.5, "label": "a"}]), (pd.Series([np.float32(1)]), [1.0]), (np.array([float("nan")]), [None]), ([float("inf")], [None]),
+    (np.array([np.datetime64("2011-11-09T00:00:00", "us")], dtype=object), ["2011-11-09T00:00:00"]), ([pd.Timestamp("2011-11-09")], ["2011-11-09T00:00:00"]), ([pd.NA], [None]), (["é"], ["é"])])
+def test_any_kind_of_prediction_becomes_json(predictions, expected):
+    assert client(lambda rows: predictions).post("/invocations", json={"instances": [ROW]}).json() == {"predictions": expected}
+
+
+@pytest.mark.parametrize("fault, status", [("ValueError", 422), ("RuntimeError", 500)])
+def test_a_failing_model_tells_no_secret(fault, status, caplog):
+    got = client().post("/invocations", json={"instances": [ROW | {"country": fault}]})
+    assert got.status_code == status and fault in got.json()["error"]
+    assert "SECRET" not in got.text + caplog.text and "Traceback" not in got.text and "test_serve.py" in caplog.text
+    assert client(lambda rows: [1, 2]).post("/invocations", json={"instances": [ROW]}).status_code == 422
+
+
+def test_too_much_is_refused_before_it_is_read():
+    limits = Limits(body_bytes=1000, rows=3)
+    assert client(limits=limits).post("/predict", json=[ROW] * 3).status_code == 200
+    got = client(limits=limits).post("/predict", json=[ROW] * 4)
+    assert got.status_code == 413 and "4 rows" in got.json()["error"]
+    assert client(limits=limits).post("/predict", content=b" " * 1001, headers={"Content-Type": JSON}).status_code == 413
+    assert client(limits=limits).post("/predict", content=iter([b" " * 600] * 2), headers={"Content-Type": JSON}).status_code == 413
+
+
+def test_the_hook_sees_what_was_answered_and_cannot_fail_it():
+    seen = []
+    got = client(on_prediction=lambda *one: seen.append(one)).post("/predict", json=[ROW])
+    (rows, answers, facts), = seen
+    assert rows["pieces"].tolist() == [2] and answers == [3.0] and facts["model"] == "shelf@3" and facts["request"] == got.headers["x-request-id"]
+    failing = client(on_prediction=lambda *one: 1 / 0)
+    assert failing.post("/predict", json=[ROW]).status_code == 200 and failing.get("/health").json()["log_errors"] == 1
+    failing.post("/predict", json=[{}])
+    assert failing.get("/health").json()["log_errors"] == 1
+
+
+def test_the_event_loop_answers_while_a_model_thinks():
+    import threading
+
+    thinking, go_on = threading.Event(), threading.Event()
+
+    def slow(rows):
+        thinking.set()
+        assert go_on.wait(20)
+        return [1]
+
+    with client(slow) as asking:
+        worker = threading.Thread(target=asking.post, args=("/predict",), kwargs={"json": [ROW]})
+        worker.start()
+        assert thinking.wait(20) and asking.get("/health").status_code == 200
+        go_on.set()
+        worker.join()
+
+
+def test_serve_wants_a_token_and_a_free_port(monkeypatch):
+    monkeypatch.delenv("MLOPS_TOKEN", raising=False)
+    with pytest.raises(Invalid, match="export MLOPS_TOKEN="):
+        serve("recommender@champion")
+    monkeypatch.setenv("MLOPS_TOKEN", TOKEN)
+    with listen() as taken, pytest.raises(Conflict, match="taken by another process"):
+        serve("recommender@champion", port=taken.getsockname()[1])
+    for host, port in (("203.0.113.1", 0), ("127.0.0.1", 70_000), ("no such host", 0)):
+        with pytest.raises(Invalid, match="cannot listen"):
+            listen(host, port)
+
+
+def test_a_foreground_server_answers_over_the_wire_and_leaves_politely(tmp_path):
+    program = tmp_path / "shop.py"
+    program.write_text(f"""
+import asyncio, sys
+from mlops_nb.serve.app import Served, app
+from mlops_nb.serve.server import answer_until_stopped, listen
+port = listen()
+print(port.getsockname()[1], flush=True)
+asyncio.run(answer_until_stopped(app(Served(lambda rows: [len(rows)] * len(rows), "count"), token_digest={digest_of(TOKEN.encode())!r}), port))
+""")
+    process = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        url = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        with httpx.Client(trust_env=False, timeout=30, headers={"Authorization": f"Bearer {TOKEN}"}) as asking:
+            assert asking.post(f"{url}/predict", json=[{"a": 1}]).json()["records"] == [{"prediction": 1}]
+            assert asking.post(f"{url}/predict", content=b"x" * 7_000_000, headers={"Content-Type": JSON}).status_code == 413
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0 and "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
