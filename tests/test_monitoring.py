@@ -16,7 +16,8 @@ import pytest
 from mlops_nb.core.errors import GateFailed, Invalid, NotFound, Unavailable
 from mlops_nb.core.settings import in_project
 from mlops_nb.monitor.alerts import alert, alerts, recent, tail
-from mlops_nb.monitor.monitoring import METRICS, monitor, units_of, watch
+from mlops_nb.monitor.monitoring import monitor, watch
+from mlops_nb.monitor.performance import METRICS, judged_periods, mean_units, units_of
 from mlops_nb.monitor.predictions import PredictionLog, append_lines, predictions_of
 from projects import SMALL, shop  # noqa: F401
 
@@ -218,8 +219,6 @@ def test_a_fall_in_performance_is_critical_and_names_the_week(inside, months):
 
 def test_noise_in_performance_is_rarely_an_alarm():
     """200 draws from one distribution, alpha 0.05, every drop allowed to count: at most 18 alarms have a chance of 0.99 (scipy.stats.binom)."""
-    from mlops_nb.monitor.monitoring import judged_periods, mean_units
-
     rng, alarms = np.random.default_rng(0), 0
     for seed in range(200):
         rows = judged_periods({str(i): mean_units(rng.normal(0.4, 0.2, 80)) for i in range(3)}, mean_units(rng.normal(0.4, 0.2, 200)), higher=True, allowed=1e-9, alpha=0.05, n_boot=400, seed=seed)

@@ -191,7 +191,7 @@ def test_mistakes_are_one_sentence(split, rows, tmp_path):
     (history, holdout), (train, later) = split, rows
     model, ranker = LogisticRegression().fit(train[["a", "b"]], train.y), Popularity(days=28).fit(history)
     for call, error, words in [
-        (lambda: validate(object(), later), Invalid, "a object cannot be validated; expected a recommender"),
+        (lambda: validate(object(), later), Invalid, "object cannot be validated; expected a recommender"),
         (lambda: validate(model, later, target="label"), Invalid, "the holdout has no column 'label'"),
         (lambda: validate(model, later.drop(columns="b"), target="y"), Invalid, "the holdout has no column 'b'"),
         (lambda: validate(model, later.assign(z=1)), Invalid, "which column of the holdout holds the labels? expected target, one of y, z"),
