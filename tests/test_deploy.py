@@ -78,7 +78,7 @@ def test_a_deployment_answers_is_replaced_at_the_same_address_and_stopped(shop):
     assert deployments().facts["summary"] == "1 of 1 running" and "large@2" in str(deployment("large"))
     undeploy("large")
     assert gone(second.pid) and [row["state"] for row in states()] == ["stopped"] and undeploy("large").facts["summary"] == "was stopped already"
-    with pytest.raises(Unavailable, match="has stopped"):
+    with pytest.raises(Unavailable, match="was stopped"):
         second.predict(ROWS)
     third = deploy("large@3")
     assert third.url == first.url and third.predict(ROWS) == [3, 3] and len(record_of("large")["history"]) == 3
