@@ -200,7 +200,7 @@ def test_a_moved_project_keeps_its_models(shop, fitted, tmp_path):  # noqa: F811
         assert (moved / second.file).exists() and not shop.exists(), "new files must not go to the old place"
         attach("buys@1", "validation", {"passed": True})
         with tracking() as client:
-            assert client.download_artifacts(first.run, "buys/MLmodel").startswith(str(moved))
+            assert Path(client.download_artifacts(first.run, "buys/MLmodel")).exists()
     assert not shop.exists()
 
 
