@@ -416,9 +416,11 @@ def ended(pid):
 def values(who, i):
     return np.random.default_rng([who, i]).normal(size=20_000)
 
-def write(who, n):
+def write(who, n, done=None):
     for i in range(n):
         save(pd.DataFrame({"x": values(who, i)}), "orders", message=f"{who}:{i}")
+        if done is not None:
+            os.write(done, b".")
 
 def verify(n=None):
     "Every version that is there is what was saved under it, and the numbers have no gap."
@@ -448,8 +450,11 @@ def test_killed_at_any_time_every_version_is_good(shop):
     forked(shop, """
 dice = random.Random(1)
 for attempt in range(15):
-    writers = [child(lambda who=who: write(2 * attempt + who, 1000)) for who in range(2)]
-    time.sleep(dice.uniform(0.02, 0.3))
+    heard, done = os.pipe()
+    writers = [child(lambda who=who: write(2 * attempt + who, 1000, done)) for who in range(2)]
+    for _ in range(dice.randrange(4)):  # not before so many versions are there, however slow this machine is
+        os.read(heard, 1)
+    time.sleep(dice.uniform(0, 0.1))
     for pid in writers:
         os.kill(pid, signal.SIGKILL)
     assert [ended(pid) for pid in writers] == [-9, -9]
