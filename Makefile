@@ -31,6 +31,7 @@ test: $(VENV)/.installed check-source notebooks browser pytest
 check-source: $(VENV)/.installed
 	nbdev-export
 	nbdev-clean
+	$(BIN)/python tools/readme.py --check
 	@git diff --exit-code -- nbs mlops_nb README.md || { echo "the notebooks and the modules differ: run nbdev-export and nbdev-clean, then commit both"; exit 1; }
 
 notebooks: $(VENV)/.installed

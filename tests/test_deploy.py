@@ -1,5 +1,6 @@
 """What happens to a deployment when versions change, processes die and people hurry."""
 
+import json
 import os
 import shutil
 import signal
@@ -125,16 +126,22 @@ def test_replacing_under_load_fails_no_request(shop):
     assert failures == [] and {tuple(one) for one in answers} == {(1,), (2,), (3,)}
 
 
+def example(shop: Path, version: int, rows: dict) -> None:
+    """The example rows that a version of the model was registered with."""
+    record = shop / ".mlops" / "models" / "large" / f"{version}.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"example": rows}))
+
+
 @pytest.mark.parametrize("fault", ["changed file", "refuses its example", "no such loader"])
 def test_a_version_that_fails_leaves_the_old_one_running(shop, fault, monkeypatch):
-    from mlops_nb.model.registry import attach, model
+    from mlops_nb.model.registry import model
 
     one = deploy("large@1")
     if fault == "changed file":
         file = shop / model("large@2").file
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     elif fault == "refuses its example":
-        attach("large@2", "example", {"columns": ["pieces", "price"], "data": [["two", 1.5]]})
+        example(shop, 2, {"columns": ["pieces", "price"], "data": [["two", 1.5]]})
     else:
         monkeypatch.setattr("mlops_nb.deploy.deployments.REGISTERED", "mlops_nb.serve.server:nothing")
     before = record_of("large")
@@ -146,10 +153,9 @@ def test_a_version_that_fails_leaves_the_old_one_running(shop, fault, monkeypatc
 
 
 def test_the_try_out_is_not_in_the_prediction_log(shop):
-    from mlops_nb.model.registry import attach
     from mlops_nb.monitor.predictions import predictions_of
 
-    attach("large@1", "example", {"columns": ["pieces", "price"], "data": [[2, 1.5]]})
+    example(shop, 1, {"columns": ["pieces", "price"], "data": [[2, 1.5]]})
     deploy("large@1").stop()
     assert predictions_of("large").days() == []
 

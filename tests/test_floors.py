@@ -30,6 +30,9 @@ def imports(path: Path) -> list[tuple[str, bool]]:
     """(absolute module name, whether it is imported when the module is) of every import statement."""
     found = []
     tree = ast.parse(path.read_text())
+    for node in tree.body:  # what only a type checker reads is not imported
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
     for parent in ast.walk(tree):
         for node in ast.iter_child_nodes(parent):
             late = parent is not tree

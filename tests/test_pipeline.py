@@ -208,7 +208,7 @@ def test_parameters_arrive_as_they_were_given_in_a_kernel_of_this_python(shop):
     copy = nbformat.read(done.folder / "echo" / "echo.ipynb", as_version=4)
     assert "injected-parameters" in copy.cells[2].metadata["tags"]
     assert sorted(path.name for path in (done.folder / "echo").iterdir()) == ["echo.ipynb", "echo.ipynb.html", "outputs.json"]
-    assert done.steps[0]["report"] == f".mlops/runs/{done.id}/echo/echo.ipynb" and (shop / done.steps[0]["report"]).exists()
+    assert done.steps[0]["report"] == f".mlops/runs/{done.id}/echo/echo.ipynb.html" and (shop / done.steps[0]["report"]).exists()
 
 
 def test_what_one_step_hands_on_reaches_the_next_and_the_table_says_so(shop, capfd, monkeypatch):

@@ -465,3 +465,11 @@ def test_a_busy_registry_says_so(shop, fitted, monkeypatch):  # noqa: F811
     monkeypatch.setattr(registry, "locked", lambda path, **options: locked(path, **options | {"timeout_s": 0.1}))
     with locked(shop / ".mlops" / "models" / ".lock"), pytest.raises(Conflict, match="another process is changing the model registry"):
         promote("buys@1")
+
+
+def test_the_example_rows_are_kept_as_a_server_is_asked(shop):
+    from sklearn.linear_model import LogisticRegression
+
+    rows = pd.DataFrame({"units": [1.0, 2.0, 3.0, 4.0], "since": [1, 2, 3, 4]})
+    registered = register(LogisticRegression().fit(rows, [0, 0, 1, 1]), "small", example=rows)
+    assert model("small").example == registered.example == {"columns": ["units", "since"], "data": [[1.0, 1], [2.0, 2], [3.0, 3], [4.0, 4]]}

@@ -39,13 +39,15 @@ def label(key: str) -> str:
 
 # %% ../../nbs/core/report.ipynb #13b92359
 def shape(value: object) -> str:
-    "How a fact is shown: plot, section, checks, table, list or figure."
+    "How a fact is shown: plot, section, checks, table, list, text or figure."
     if isinstance(value, Mapping):
         return "plot" if "plot" in value else "section"
     if isinstance(value, (list, tuple)) and value and all(isinstance(row, Mapping) for row in value):
         if all("plot" in row for row in value):
             return "plots"
         return "checks" if all("passed" in row and "name" in row for row in value) else "table"
+    if isinstance(value, str) and len(value) > 48:
+        return "text"
     return "list" if isinstance(value, (list, tuple)) else "figure"
 
 
@@ -101,6 +103,12 @@ class Report:
     def failures(self) -> list[dict]:
         "The checks that did not pass, warnings left out."
         return [dict(check) for check in all_checks(self.facts) if mark(check)[0] == "fail"]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        "The numbers that gates are about: those among the first facts, and those under `figures`."
+        first = {key: value for key, value in self.facts.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+        return {**first, **self.facts.get("figures", {})}
 
     @property
     def judges(self) -> bool:
@@ -189,6 +197,8 @@ def as_text(report: Report) -> str:
         elif kind == "table":
             names = columns_of(content)
             parts.append(f"{title}\n{aligned([[label(name) for name in names], *([number(row.get(name)) for name in names] for row in content)])}")
+        elif kind == "text":
+            parts.append(f"{title}: {content}")
         elif kind == "list":
             parts.append(f"{title}\n" + ("\n".join(f"  - {number(one)}" for one in content) or "  none"))
     return "\n\n".join(parts)
@@ -205,7 +215,7 @@ def as_markdown(report: Report) -> str:
     parts += [f"**{verdict(report)}**"] if report.judges else []
     parts += [str(facts["summary"])] if facts.get("summary") else []
     for kind, title, content, depth in blocks(facts):
-        if title and kind not in ("plot", "plots"):
+        if title and kind not in ("plot", "plots", "text"):
             parts.append(f"{'#' * min(depth, 6)} {title[:1].upper()}{title[1:]}")
         if kind == "figures":
             parts.append(grid(["figure", "value"], [[key, number(value)] for key, value in content.items()]))
@@ -214,6 +224,8 @@ def as_markdown(report: Report) -> str:
         elif kind == "table":
             names = columns_of(content)
             parts.append(grid([label(name) for name in names], [[number(row.get(name)) for name in names] for row in content]))
+        elif kind == "text":
+            parts.append(f"**{title}:** {content}")
         elif kind == "list":
             parts.append("\n".join(f"- {number(one)}" for one in content) or "none")
     return "\n\n".join(parts) + "\n"
@@ -262,6 +274,8 @@ def html_block(kind: str, content: object) -> str:
     if kind == "figures":
         return '<div class="mlops-figures">' + "".join(f"<div><span>{escape(key)}</span><b>{escape(number(value))}</b></div>"
                                                          for key, value in content.items()) + "</div>"
+    if kind == "text":
+        return f"<p>{escape(str(content))}</p>"
     if kind == "checks":
         rows = [[badge(check), *(escape(cell) for cell in row[1:])] for check, row in zip(content, check_rows(content))]
         return html_table(["verdict", "check", "value", "expected", "note"], rows, [False, False, True, False, False])

@@ -12,13 +12,12 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.address import Address, bare_name, pick
 from ..core.errors import Invalid, NotFound, Unavailable, known
-from ..core.files import digest_of, disk_faults, locked, read_json, write_json
+from ..core.files import digest_of, disk_faults, locked, read_json, timestamp, write_json
 from ..core.report import Report
 from ..core.settings import project
 from ..core.step import current_step
@@ -215,7 +214,7 @@ def git_commit(folder: Path) -> str:
 def circumstances() -> dict:
     "By whom, when, at which commit and in which run."
     step = current_step()
-    return {"saved_at": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), "by": user(), "commit": git_commit(project().folder), "run": step.run if step else ""}
+    return {"saved_at": timestamp(), "by": user(), "commit": git_commit(project().folder), "run": step.run if step else ""}
 
 # %% ../../nbs/data/store.ipynb #1a5e59c1
 def save(

@@ -10,14 +10,13 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlops_nb.core.address import bare_name
 from mlops_nb.core.errors import Conflict, GateFailed, Invalid, MlopsError, NotFound, Unavailable, known
-from mlops_nb.core.files import digest_of, locked, read_json, write_json
+from mlops_nb.core.files import digest_of, locked, read_json, timestamp, write_json
 from mlops_nb.core.report import Report
 from mlops_nb.core.settings import DeploySection, Project, project
 
@@ -30,15 +29,11 @@ if TYPE_CHECKING:
     from mlops_nb.model.registry import Model
 
 # %% auto #0
-__all__ = ['LATER', 'MADE_UP', 'REGISTERED', 'now', 'folder_of', 'record_of', 'state_of', 'states', 'http', 'ask', 'said',
-           'Deployment', 'bodies', 'deployment', 'target_checked', 'gate', 'port_for', 'example_of', 'tried',
-           'replaced', 'ended', 'recorded', 'deploy', 'deployments', 'undeploy']
+__all__ = ['LATER', 'MADE_UP', 'REGISTERED', 'folder_of', 'record_of', 'state_of', 'states', 'http', 'ask', 'said', 'Deployment',
+           'bodies', 'deployment', 'target_checked', 'gate', 'port_for', 'example_of', 'tried', 'replaced', 'ended',
+           'recorded', 'deploy', 'deployments', 'undeploy']
 
 # %% ../../nbs/deploy/deployments.ipynb #528bf35e
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
 def folder_of(name: str, place: Project | None = None) -> Path:
     return (place or project()).state / "deployments" / bare_name(name, "deployment")
 
@@ -232,11 +227,10 @@ MADE_UP = {"integer": 1, "number": 1.0, "string": "", "boolean": True, "datetime
 
 def example_of(found: Model) -> tuple[dict | None, bool]:
     "A scoring request to try a version with, and whether it is a real one."
-    from mlops_nb.model.registry import attached
     from mlops_nb.serve.protocol import columns_of
 
-    if kept := attached(found.address, "example"):
-        return {"dataframe_split": {"columns": kept["columns"], "data": kept["data"]}}, True
+    if found.example:
+        return {"dataframe_split": found.example}, True
     columns = columns_of(found.inputs)
     if not columns or any(column.kind == "any" for column in columns):
         return None, False
@@ -305,7 +299,7 @@ def ended(record: Mapping) -> None:
 
 def recorded(before: Mapping | None, **facts: object) -> dict:
     "The new record: what answers now, and the history with the predecessor's end."
-    at, history = now(), [dict(one) for one in before["history"]] if before else []
+    at, history = timestamp(), [dict(one) for one in before["history"]] if before else []
     if history and not history[-1]["until"]:
         history[-1]["until"] = at
     history.append({"model": facts["model"], "instance": facts["instance"], "since": at, "until": "", "why": facts.pop("why")})
@@ -355,7 +349,7 @@ def undeploy(
         was = state_of(record)
         ended(record)
         if not record["stopped_at"]:
-            record["stopped_at"] = record["history"][-1]["until"] = now()
+            record["stopped_at"] = record["history"][-1]["until"] = timestamp()
             write_json(folder_of(name) / "state.json", record)
     summary = {"running": "stopped", "died": "its process had died already; recorded as stopped", "stopped": "was stopped already"}[was]
     return Report({"title": f"Deployment {name}", "summary": summary, "model": record["model"], "state": "stopped"})

@@ -5,6 +5,7 @@
 # %% ../../nbs/model/registry.ipynb #5a287f7a
 from __future__ import annotations
 
+import json
 import os
 import re
 import sqlite3
@@ -19,7 +20,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from ..core.address import Address, bare_name, pick
 from ..core.errors import Invalid, NotFound, Unavailable, Untrusted, known
-from ..core.files import digest_of, locked, read_json, write_atomic, write_json
+from ..core.files import digest_of, locked, read_json, timestamp, write_atomic, write_json
 from ..core.report import Report, plain
 from ..core.settings import Project, project
 from .backend import add_version, database_of, downloaded, packaged, tracking, tracking_uri
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Model', 'rows_of_database', 'rows_of_server', 'rows_of', 'utc', 'now', 'summary', 'changing', 'record_path',
-           'model_of', 'model_versions', 'model', 'fitted', 'kind_of', 'stored', 'local_path', 'as_run',
-           'checked_alias', 'move_alias', 'alias_history', 'register', 'load_model', 'adopted', 'promote', 'models',
-           'every_model', 'attached_path', 'attach', 'attached']
+__all__ = ['Model', 'rows_of_database', 'rows_of_server', 'rows_of', 'utc', 'summary', 'changing', 'record_path', 'model_of',
+           'model_versions', 'model', 'fitted', 'kind_of', 'stored', 'local_path', 'as_run', 'checked_alias',
+           'move_alias', 'alias_history', 'register', 'load_model', 'adopted', 'promote', 'models', 'every_model',
+           'attached_path', 'attach', 'attached']
 
 # %% ../../nbs/model/registry.ipynb #0ded86fa
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Model:
     created_at: str = ""
     inputs: tuple[dict, ...] = ()
     trusted: tuple[str, ...] = ()
+    example: dict = field(default_factory=dict)  # a few rows as it is asked: columns and data
     by: str = ""
     commit: str = ""
     file: str = ""  # the model's file, relative to the project; empty when only a server has it
@@ -118,11 +120,7 @@ def rows_of(name: str = "") -> list[dict]:
 
 
 def utc(milliseconds: int | None) -> str:
-    return datetime.fromtimestamp((milliseconds or 0) / 1000, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def now() -> str:
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return timestamp(datetime.fromtimestamp((milliseconds or 0) / 1000, timezone.utc))
 
 
 def summary() -> list[dict]:
@@ -152,7 +150,7 @@ def model_of(row: Mapping, place: Project) -> Model:
         return Model(**head, digest=tags.get("mlops.digest", ""), kind=tags.get("mlops.kind", ""), data=tuple(filter(None, tags.get("mlops.data", "").split(", "))))
     lists = {key: tuple(kept.get(key, ())) for key in ("data", "inputs", "trusted")}
     return Model(**head, **lists, **{key: kept.get(key, "") for key in ("digest", "kind", "by", "commit", "file")},
-                 params=kept.get("params", {}), metrics=kept.get("metrics", {}), ours=True)
+                 params=kept.get("params", {}), metrics=kept.get("metrics", {}), example=kept.get("example", {}), ours=True)
 
 
 def model_versions(name: str) -> list[Model]:
@@ -239,7 +237,7 @@ def move_alias(place: Project, name: str, alias: str, version: int) -> None:
     with tracking() as client:
         client.set_registered_model_alias(name, alias, str(version))
     if before != version:
-        moved = {"alias": alias, "version": version, "previous": before, "at": now(), "by": provenance(place).get("mlflow.user", "")}
+        moved = {"alias": alias, "version": version, "previous": before, "at": timestamp(), "by": provenance(place).get("mlflow.user", "")}
         write_json(place.state / "models" / name / "aliases.json", [*alias_history(name), moved])
 
 
@@ -251,6 +249,14 @@ def alias_history(
     return read_json(file) if file.exists() else []
 
 # %% ../../nbs/model/registry.ipynb #f2da8dc7
+def rows_as_json(example: object) -> dict:
+    "A few example rows as a server is asked for them: what a deployment is tried with before it is let in."
+    if not hasattr(example, "to_json"):
+        return {}
+    split = json.loads(example.head(5).to_json(orient="split", date_format="iso", index=False))
+    return {"columns": split["columns"], "data": split["data"]}
+
+# %% ../../nbs/model/registry.ipynb #4fae672e
 def register(
     model: object,  # a fitted model with predict, or the path of a .skops file
     name: str,  # the model's name
@@ -272,7 +278,7 @@ def register(
     source, file, inputs = stored(place, run, name, content, trusted=types, predicts=hasattr(estimator, "predict"), example=example, said=said)
     tags = provenance(place)
     record = {"name": name, "digest": digest_of(content), "kind": kind_of(estimator), "run": run.id, "file": file, "data": list(run.data),
-              "params": run.params, "metrics": run.metrics, "inputs": inputs, "trusted": types, "created_at": now(),
+              "params": run.params, "metrics": run.metrics, "inputs": inputs, "example": rows_as_json(example), "trusted": types, "created_at": timestamp(),
               "by": tags.get("mlflow.user", ""), "commit": tags.get("mlflow.source.git.commit", "")}
     with changing(place):
         version = add_version(name, source, run.id, {"mlops.digest": record["digest"], "mlops.kind": record["kind"], "mlops.data": ", ".join(run.data)})

@@ -20,7 +20,7 @@ from heapq import nlargest
 from pathlib import Path
 
 from ..core.errors import Conflict, GateFailed, Invalid, MlopsError, NotFound, RunFailed, known
-from ..core.files import locked, read_json, write_json
+from ..core.files import locked, read_json, timestamp, write_json
 from ..core.progress import watched
 from ..core.report import Report, number
 from ..core.settings import Project, project
@@ -199,9 +199,10 @@ def outputs_in(folder: Path) -> dict:
 
 
 def report_in(folder: Path, executed: Path) -> Path:
-    "The last report that a step left, or else its executed notebook."
-    pages = [page for page in folder.glob("*.html") if page.name != f"{executed.name}.html"]
-    return max(pages, key=lambda page: page.stat().st_mtime_ns, default=executed)
+    "The last report that a step left, or else the page of its executed notebook, or that notebook."
+    own = executed.with_name(f"{executed.name}.html")
+    pages = [page for page in folder.glob("*.html") if page != own]
+    return max(pages, key=lambda page: page.stat().st_mtime_ns, default=own if own.exists() else executed)
 
 
 def filled(step: PipelineStep, values: Mapping[str, object]) -> dict[str, object]:
@@ -274,7 +275,7 @@ def new_record(here: Project, pipeline: Pipeline, values: Mapping[str, object], 
     "A run's record before its first step."
     now = datetime.now(UTC)
     return {"id": f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}", "pipeline": pipeline.name, "source": source, "status": "running", "problem": "",
-            "started_at": now.isoformat(timespec="seconds"), "seconds": 0.0, "params": dict(values), **process(),
+            "started_at": timestamp(now), "seconds": 0.0, "params": dict(values), **process(),
             "steps": [{"step": step.name, "verdict": "waiting", "seconds": None, "outputs": {}, "report": "", "problem": ""} for step in steps]}
 
 

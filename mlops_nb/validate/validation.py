@@ -187,9 +187,10 @@ class Verdict:
 
 def rivals_for(estimator: object, history: pd.DataFrame, k: int) -> dict[str, object]:
     "The baselines, fitted on the same history."
-    from mlops_nb.validate.baselines import BuyAgain, ItemKNN, Popularity
+    from mlops_nb.validate.baselines import BuyAgain, DecayedBuyAgain, ItemKNN, Popularity
 
-    return {"popularity, 28 days": Popularity(days=28).fit(history), "buy again": BuyAgain().fit(history), "item-kNN": ItemKNN().fit(history)}
+    rules = {"popularity, 28 days": Popularity(days=28), "buy again": BuyAgain(), "buy again, decayed": DecayedBuyAgain(), "item-kNN": ItemKNN()}
+    return {label: rule.fit(history) for label, rule in rules.items()}
 
 
 def judge_ranking(subject: Subject, champion: Subject | None, holdout: pd.DataFrame, history: pd.DataFrame, k: int, how: Mapping) -> Verdict:
