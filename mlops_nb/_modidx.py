@@ -427,6 +427,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'mlops_nb/interface/status.py')},
             'mlops_nb.interface.verbs': { 'mlops_nb.interface.verbs.Argument': ( 'interface/verbs.html#argument',
                                                                                  'mlops_nb/interface/verbs.py'),
+                                          'mlops_nb.interface.verbs.Argument.flag': ( 'interface/verbs.html#argument.flag',
+                                                                                      'mlops_nb/interface/verbs.py'),
                                           'mlops_nb.interface.verbs.Argument.required': ( 'interface/verbs.html#argument.required',
                                                                                           'mlops_nb/interface/verbs.py'),
                                           'mlops_nb.interface.verbs.Verb': ('interface/verbs.html#verb', 'mlops_nb/interface/verbs.py'),

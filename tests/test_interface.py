@@ -29,7 +29,7 @@ def mlops_command(*words: str, **options: object) -> subprocess.CompletedProcess
 def test_every_verb_exists_with_help_for_each_argument(verb):
     assert callable(verb.function) and verb.function.__doc__
     assert [argument.name for argument in verb.arguments if not argument.help] == []
-    assert sum(argument.kind == "object" for argument in verb.arguments[1:]) == 0, "only the first argument may be any object"
+    assert not any(argument.kind == "object" and argument.positional for argument in verb.arguments[1:]), "only the first argument may be any object"
     assert verb.example.split()[:2] == ["mlops", verb.name]
     assert set(verb.completes) <= {argument.name for argument in verb.arguments}
 

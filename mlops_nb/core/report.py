@@ -46,7 +46,7 @@ def shape(value: object) -> str:
         if all("plot" in row for row in value):
             return "plots"
         return "checks" if all("passed" in row and "name" in row for row in value) else "table"
-    if isinstance(value, str) and len(value) > 48:
+    if isinstance(value, str) and len(value) > 48 and " " in value:
         return "text"
     return "list" if isinstance(value, (list, tuple)) else "figure"
 

@@ -130,7 +130,7 @@ def read_settings(
     try:
         parser.read_string(text)
     except configparser.Error as error:
-        raise Invalid(f"{where} cannot be read: {str(error).splitlines()[0]}; expected [section] headers and lines like key = value.") from None
+        raise Invalid(f"{where} cannot be read: {str(error).splitlines()[0].rstrip('.')}; expected [section] headers and lines like key = value.") from None
     deploy, sections, gates = {}, {}, {}
     for section in parser.sections():
         kind, _, name = section.partition(".")

@@ -54,7 +54,7 @@ def converter(kind: str, resolve: Callable[[str], object]) -> Callable[[str], ob
 # %% ../../nbs/interface/cli.ipynb #b3482b4e
 def add_argument(parser: argparse.ArgumentParser, argument: Argument, convert: Callable[[str], object]) -> None:
     "One argument of a verb as one of argparse."
-    flags = [f"--{argument.name.replace('_', '-')}"]
+    flags = [argument.flag]
     flags += [f"-{SHORT[argument.name]}"] if argument.name in SHORT else []
     note = {"help": argument.help.replace("%", "%%")}
     if argument.positional and argument.kind != "bool":
@@ -124,10 +124,8 @@ def overview() -> str:
 
 def split_global(words: list[str]) -> tuple[str | None, list[str]]:
     "The project folder given before the verb, and the rest."
-    if words and words[0].startswith("--project"):
-        name, equals, folder = words[0].partition("=")
-        if name != "--project":
-            raise Usage(f"unknown option {words[0]!r}; see `mlops --help`.")
+    if words and words[0].partition("=")[0] == "--project":
+        _, equals, folder = words[0].partition("=")
         if not equals and len(words) < 2:
             raise Usage("--project needs a folder, such as `mlops --project shop status`.")
         return (folder, words[1:]) if equals else (words[1], words[2:])
@@ -152,7 +150,7 @@ def execute(words: list[str]) -> int:
         print(f"mlops {__version__}")
         return 0
     if words[0] not in VERBS:
-        raise Usage(f"there is no verb {words[0]!r}; {known(words[0], VERBS, limit=30)}")
+        raise Usage(f"unknown option {words[0]!r}; see `mlops --help`." if words[0].startswith("-") else f"there is no verb {words[0]!r}; {known(words[0], VERBS, limit=30)}")
     verb = VERBS[words[0]]
     options = verb_parser(verb).parse_args(words[1:])
     with in_project(folder or os.environ.get("MLOPS_PROJECT") or os.getcwd()):
@@ -165,6 +163,8 @@ def main(
     "The `mlops` command."
     try:
         return execute(list(sys.argv[1:] if words is None else words))
+    except SystemExit as leaving:  # argparse leaves this way after --help
+        return int(leaving.code or 0)
     except Usage as error:
         print(f"mlops: {error}", file=sys.stderr)
         return 2

@@ -167,7 +167,7 @@ def candidates(
     if done[1] not in VERBS:
         return []
     verb = VERBS[done[1]]
-    flags = {f"--{argument.name.replace('_', '-')}": argument for argument in verb.arguments if not argument.positional or argument.kind == "bool"}
+    flags = {argument.flag: argument for argument in verb.arguments if not argument.positional or argument.kind == "bool"}
     if fragment.startswith("-"):
         return [flag for flag in (*flags, "--json", "--help") if flag.startswith(fragment)]
     if done[-1] in flags:

@@ -26,6 +26,11 @@ class Argument:
     def required(self) -> bool:
         return self.default is inspect.Parameter.empty
 
+    @property
+    def flag(self) -> str:
+        "How it is written on a command line; `as_` is `--as` there, where it is no keyword."
+        return f"--{self.name.strip('_').replace('_', '-')}"
+
 # %% ../../nbs/interface/verbs.ipynb #c3cae977
 def kind_of(annotation: object) -> str:
     "The simple type an annotation stands for; annotations may be strings, so that typing costs no import."
