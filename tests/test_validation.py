@@ -61,9 +61,10 @@ def test_figures_are_the_published_ones(split):
 def test_the_gain_is_over_the_strongest_baseline_and_its_lower_bound(split):
     history, holdout = split
     facts = validate(ItemKNN().fit(history), holdout, history=history, **QUICK).facts
-    row = next(row for row in facts["gains"] if (row["protocol"], row["metric"], row["over"]) == ("all items", "ndcg@10", "buy again, decayed"))
-    assert facts["gain ndcg@10"] == row["low"] < row["gain"] < row["high"] < 0
-    assert row["gain"] == pytest.approx(0.154617 - 0.366069, abs=2e-3)
+    rows = {row["over"]: row for row in facts["gains"] if (row["protocol"], row["metric"]) == ("all items", "ndcg@10")}
+    worst = min(rows.values(), key=lambda row: row["gain"])
+    assert worst["over"] == "buy again, decayed" and facts["gain ndcg@10"] == worst["low"] < worst["gain"] < worst["high"] < 0
+    assert rows["buy again"]["gain"] == pytest.approx(0.154617 - 0.366069, abs=2e-3)  # reference figures of the set
 
 
 class Perfect:

@@ -25,11 +25,7 @@ def lasting(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             kept = [output for output in cell.outputs if output.output_type != "stream"]
             cell.outputs = [] if "NBVAL_IGNORE_OUTPUT" in cell.source else kept
-            cell.execution_count = None
             cell.metadata.pop("execution", None)
-            for output in cell.outputs:
-                if "execution_count" in output:
-                    output.execution_count = None
     return notebook
 
 
