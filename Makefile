@@ -14,14 +14,15 @@ INSTALL = $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/pyt
 help:
 	@echo "make demo   the founding example, end to end"; echo "make test   everything that CI runs"; echo "make docs   the site, into _docs/"; echo "make bench  the figures, against their peers"
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
-
-# setup.py builds the JupyterLab panel when its sources changed; the stamp makes a second call free.
-$(VENV)/.installed: $(BIN)/python pyproject.toml setup.py constraints.txt $(shell git ls-files lab 2>/dev/null | tr '\n' ' ')
-	@echo "installing into $(VENV) …"
-	$(INSTALL) -c constraints.txt -e '.[dev]'
-	@touch $@
+# Two makes that start together take turns (where there is a flock); setup.py builds the JupyterLab panel when its sources changed; the stamp makes a second call free.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(shell git ls-files lab 2>/dev/null | tr '\n' ' ')
+	@exec 9>.install.lock; ! command -v flock >/dev/null || flock 9; \
+	if [ ! -e $@ ] || [ -n "$$(find $^ -newer $@)" ]; then \
+	  [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || exit 2; \
+	  echo "installing into $(VENV) … (a minute or two, once)"; \
+	  $(INSTALL) -c constraints.txt -e '.[dev]' || exit 2; \
+	  touch $@; \
+	fi
 
 demo: $(VENV)/.installed
 	@mlops --project . run examples/recommender

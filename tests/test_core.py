@@ -270,3 +270,11 @@ def test_a_step_saves_its_report_before_it_raises(tmp_path, monkeypatch):
     with pytest.raises(Invalid, match="cannot name a report"):
         conclude(Report(FACTS), "../escape")
     assert os.listdir(tmp_path.parent).count("escape.html") == 0
+
+
+def test_an_untrusted_notebook_still_reads_well():
+    """JupyterLab's sanitizer drops <style> and <svg> but keeps the words inside an <svg>: those have size 0."""
+    html = Report(FACTS).html()
+    assert re.findall(r'<div style="font-size:0"><svg', html) and html.count("<svg") == html.count('<div style="font-size:0"><svg')
+    bare = re.sub(r"<style>.*?</style>|<svg.*?</svg>", "", html, flags=re.S)
+    assert "12,345" in bare and "✗ fail" in bare and "By &lt;month&gt;" in bare

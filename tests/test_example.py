@@ -107,6 +107,22 @@ def test_a_second_run_challenges_the_champion(world, first):
     assert {row["name"]: row["version"] for row in status["data"]} == {"orders": 1, "history": 1, "holdout": 1}, "the same data makes no new version"
 
 
+@pytest.mark.parametrize("fault, sentence", [("column", "has no column CustomerID; it has "), ("corrupt", "is not a readable Parquet file"), ("cutoff", "choose a day inside 2010-12-01")])
+def test_a_file_that_will_not_do_is_one_sentence_and_exit_code_2(world, first, fault, sentence):
+    import pandas as pd
+
+    folder, _ = world
+    path = folder / "examples" / "recommender" / "data" / "other.parquet"
+    orders = pd.read_parquet(path.with_name("online_retail_small.parquet"))
+    (orders.rename(columns={"CustomerID": "customer"}) if fault == "column" else orders).to_parquet(path)
+    if fault == "corrupt":
+        path.write_bytes(path.read_bytes()[:50_000])
+    before = mlops(world, "status")[1]["models"]
+    code, _, err = mlops(world, "run", "examples/recommender", "-p", "orders=data/other.parquet", *(["-p", "cutoff=2031-01-01"] if fault == "cutoff" else []))
+    assert code == 2 and sentence in err.splitlines()[-1] and "Traceback" not in err
+    assert mlops(world, "status")[1]["models"] == before, "nothing that was saved is lost"
+
+
 def test_a_failed_gate_stops_before_the_deployment(world, first):
     folder, environment = world
     before = mlops(world, "status")[1]

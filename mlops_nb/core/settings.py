@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import Conflict, Invalid, NotFound
 from .files import write_atomic
-from .report import Report
+from .report import Noun
 
 # %% ../../nbs/core/settings.ipynb #e9caed3e
 class Section(BaseModel):
@@ -147,7 +147,7 @@ def read_settings(
 
 # %% ../../nbs/core/settings.ipynb #320d1df1
 @dataclass(frozen=True)
-class Project:
+class Project(Noun):
     "A folder with settings, and the state that `mlops_nb` keeps beside them."
     folder: Path
     settings: Settings
@@ -164,9 +164,6 @@ class Project:
     @property
     def facts(self) -> dict:
         return {"title": f"Project {self.name}", "name": self.name, "folder": str(self.folder), "settings": str(self.folder / "settings.ini")}
-
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict:
-        return Report(self.facts)._repr_mimebundle_()
 
     def path(self, relative: str) -> Path:
         "A path from the settings: absolute as it is, relative to the project's folder otherwise."

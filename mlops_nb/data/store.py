@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ..core.address import Address, bare_name, pick
 from ..core.errors import Invalid, NotFound, Unavailable, known
 from ..core.files import digest_of, disk_faults, locked, read_json, timestamp, write_json
-from ..core.report import Report
+from ..core.report import Noun, Report
 from ..core.settings import project
 from ..core.step import current_step
 from .objects import Objects, put_file, read_object
@@ -33,7 +33,7 @@ __all__ = ['FORMAT', 'AS', 'Version', 'store', 'manifests', 'datasets', 'content
 
 # %% ../../nbs/data/store.ipynb #43bdfd17
 @dataclass(frozen=True)
-class Version:
+class Version(Noun):
     "One saved version of a data set. `new` is False when saving found that nothing had changed."
     name: str
     version: int
@@ -63,16 +63,6 @@ class Version:
         own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("aliases", "new")}
         said = {} if self.new else {"summary": f"Nothing has changed since {self.address}, so no new version was made."}
         return {"title": self.address, **said, **{key: value for key, value in own.items() if value not in ("", None)}, "aliases": ", ".join(self.aliases), "new": self.new}
-
-    def report(self) -> Report:
-        "The same as a Report."
-        return Report(self.facts)
-
-    def __str__(self) -> str:
-        return self.report().text()
-
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict:
-        return self.report()._repr_mimebundle_()
 
 # %% ../../nbs/data/store.ipynb #0569a220
 FORMAT = 1

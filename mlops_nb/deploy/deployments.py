@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from mlops_nb.core.address import bare_name
 from mlops_nb.core.errors import Conflict, GateFailed, Invalid, MlopsError, NotFound, Unavailable, known
 from mlops_nb.core.files import digest_of, locked, read_json, timestamp, write_json
-from mlops_nb.core.report import Report
+from mlops_nb.core.report import Noun, Report
 from mlops_nb.core.settings import DeploySection, Project, project
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def said(name: str, method: str, path: str, body: bytes | None = None) -> dict:
 
 # %% ../../nbs/deploy/deployments.ipynb #70f41a09
 @dataclass(frozen=True)
-class Deployment:
+class Deployment(Noun):
     "A model version that answers behind a URL."
     name: str
     model: str
@@ -135,15 +135,6 @@ class Deployment:
     def stop(self) -> Report:
         "Stop it; the record and its history stay."
         return undeploy(self.name)
-
-    def report(self) -> Report:
-        return Report(self.facts)
-
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict:
-        return self.report()._repr_mimebundle_()
-
-    def __str__(self) -> str:
-        return self.report().text()
 
 # %% ../../nbs/deploy/deployments.ipynb #8b970221
 def bodies(rows: object, params: Mapping, *, at_once: int = 1000) -> list[bytes]:

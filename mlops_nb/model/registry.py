@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote, urlsplit
 from ..core.address import Address, bare_name, pick
 from ..core.errors import Invalid, NotFound, Unavailable, Untrusted, known
 from ..core.files import digest_of, locked, read_json, timestamp, write_atomic, write_json
-from ..core.report import Report, plain
+from ..core.report import Noun, Report, plain
 from ..core.settings import Project, project
 from .backend import add_version, database_of, downloaded, packaged, tracking, tracking_uri
 from .tracking import Run, addresses, provenance, recalled, track
@@ -38,7 +38,7 @@ __all__ = ['Model', 'rows_of_database', 'rows_of_server', 'rows_of', 'utc', 'sum
 
 # %% ../../nbs/model/registry.ipynb #0ded86fa
 @dataclass(frozen=True)
-class Model:
+class Model(Noun):
     "One version of a registered model."
     name: str
     version: int
@@ -70,12 +70,6 @@ class Model:
 
     def report(self) -> Report:
         return Report({key: value for key, value in self.facts.items() if value not in ("", [], {})})
-
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict:
-        return self.report()._repr_mimebundle_()
-
-    def __str__(self) -> str:
-        return self.report().text()
 
 # %% ../../nbs/model/registry.ipynb #5b14b6e3
 def rows_of_database(file: Path, name: str) -> list[dict]:

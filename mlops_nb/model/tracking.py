@@ -15,7 +15,7 @@ from shutil import which
 
 from ..core.address import Address
 from ..core.errors import Invalid, NotFound
-from ..core.report import Report, plain
+from ..core.report import Noun, Report, plain
 from ..core.settings import Project, project
 from ..core.step import current_step
 from .backend import experiment_id, send, tracking
@@ -59,7 +59,7 @@ def addresses(data: list[str] | str | None) -> list[str]:
 
 # %% ../../nbs/model/tracking.ipynb #aa82517c
 @dataclass(frozen=True)
-class Run:
+class Run(Noun):
     "One training, as MLflow remembers it."
     id: str
     name: str
@@ -98,15 +98,6 @@ class Run:
     @property
     def facts(self) -> dict:
         return {"title": f"Run {self.name}", "run": self.id, "metrics": self.metrics, "params": self.params, "data": list(self.data)}
-
-    def report(self) -> Report:
-        return Report(self.facts)
-
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict:
-        return self.report()._repr_mimebundle_()
-
-    def __str__(self) -> str:
-        return self.report().text()
 
 # %% ../../nbs/model/tracking.ipynb #4efa640a
 def track(

@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
-from ..core.errors import GateFailed, Invalid, NotFound, RunFailed, Unavailable, known
+from ..core.errors import GateFailed, Invalid, MlopsError, NotFound, RunFailed, Unavailable, known
 from ..core.files import disk_faults, read_json, write_atomic
 
 if TYPE_CHECKING:
@@ -293,10 +293,17 @@ def first_line(text: str, limit: int = 300) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+MISTAKES = {"Invalid", "NotFound", "Conflict", "Untrusted", "Unavailable"}  # ours: the sentence says more than the line of code
+
+
 def failure(error: Any, name: str, source: list[dict], output: Path) -> GateFailed | RunFailed:
     "The error that a person sees, from papermill's `PapermillExecutionError`."
     if error.ename == "GateFailed":
         return GateFailed(error.evalue)
+    if error.ename in MISTAKES:
+        failed = RunFailed(f"step {name} failed: {error.evalue.rstrip('.')}; the notebook as far as it came is {output}.", output)
+        failed.exit_code = MlopsError.exit_code
+        return failed
     codes = [source_of(cell) for cell in source]
     at = next((i for i in range(min(error.cell_index, len(codes) - 1), -1, -1) if codes[i] == error.source), error.cell_index)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))

@@ -22,7 +22,7 @@ from pathlib import Path
 from ..core.errors import Conflict, GateFailed, Invalid, MlopsError, NotFound, RunFailed, known
 from ..core.files import locked, read_json, timestamp, write_json
 from ..core.progress import watched
-from ..core.report import Report, number
+from ..core.report import Noun, Report, number
 from ..core.settings import Project, project
 from ..core.step import Step
 from .graph import Pipeline, PipelineStep, check_parameters, diagram, known_values
@@ -40,7 +40,7 @@ def headline(outputs: Mapping[str, object], limit: int = 4) -> str:
 
 # %% ../../nbs/pipeline/runs.ipynb #edcb1683
 @dataclass(frozen=True)
-class Run:
+class Run(Noun):
     "A pipeline that ran, is running or would run: its steps with their verdicts, figures and reports."
     id: str
     pipeline: str
@@ -73,13 +73,6 @@ class Run:
         when = {"started_at": self.started_at, "seconds": self.seconds} if self.started_at else {}
         return {"title": f"{title} {self.pipeline}", **({"summary": self.problem} if self.problem else {}), **judged, "steps": planned,
                 **({"id": self.id} if self.id else {}), "pipeline": self.pipeline, "status": self.status, **when, "parameters": dict(self.params)}
-
-    def report(self) -> Report:
-        "The run as a report."
-        return Report(self.facts)
-
-    def __str__(self) -> str:
-        return self.report().text()
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict:
         return {"text/html": self.drawing + self.report().html(), "text/plain": str(self)}
