@@ -1,6 +1,8 @@
 """From a trained model in a notebook to a healthy production asset, without leaving JupyterLab."""
 
 __version__ = "0.1.0"
+# What a notebook needs beside the verbs: a step's results, an endpoint to ask, a model to use, facts to keep with it.
+LOOKUPS = {"output": "core.step", "deployment": "deploy.deployments", "load_model": "model.registry", "attach": "model.registry"}
 
 
 def __getattr__(name: str) -> object:
@@ -8,17 +10,17 @@ def __getattr__(name: str) -> object:
 
     if name in VERBS:
         return VERBS[name].target
-    if name == "output":
-        from mlops_nb.core.step import output
+    if name in LOOKUPS:
+        from importlib import import_module
 
-        return output
+        return getattr(import_module(f"mlops_nb.{LOOKUPS[name]}"), name)
     raise AttributeError(f"module 'mlops_nb' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     from mlops_nb.interface.verbs import VERBS
 
-    return [*VERBS, "output", "__version__"]
+    return [*VERBS, *LOOKUPS, "__version__"]
 
 
 def load_ipython_extension(shell: object) -> None:

@@ -510,6 +510,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'mlops_nb/model/recommender.py'),
                                             'mlops_nb.model.recommender.Recommender.fit': ( 'model/recommender.html#recommender.fit',
                                                                                             'mlops_nb/model/recommender.py'),
+                                            'mlops_nb.model.recommender.Recommender.importance': ( 'model/recommender.html#recommender.importance',
+                                                                                                   'mlops_nb/model/recommender.py'),
                                             'mlops_nb.model.recommender.Recommender.predict': ( 'model/recommender.html#recommender.predict',
                                                                                                 'mlops_nb/model/recommender.py'),
                                             'mlops_nb.model.recommender.Recommender.purchase_probability': ( 'model/recommender.html#recommender.purchase_probability',

@@ -130,7 +130,7 @@ def test_importance_is_what_the_model_says():
     best = search.best_estimator_
     assert dict(list(row.values())[:2] for row in importance(search)["figures"]) == dict(zip([n.split("__")[-1] for n in best[:-1].get_feature_names_out()], best[-1].coef_[0]))
     assert importance(forest, {"value": 0.3, "pieces": 0.5})["picture"]["x"] == ["pieces", "value"]
-    assert "does not say which features matter" in importance(HistGradientBoostingClassifier(max_iter=2).fit(NUMBERS, BOUGHT))["none"]
+    assert "does not say which features matter" in importance(HistGradientBoostingClassifier(max_iter=2).fit(NUMBERS, BOUGHT))["not measured"]
     many = LogisticRegression(C=0.05).fit(np.random.default_rng(0).random((90, 30)), np.arange(90) % 3)
     assert len(importance(many)["picture"]["x"]) == 15
 

@@ -52,6 +52,11 @@ def test_a_verb_is_an_attribute_whatever_was_imported_before(name):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("name", ["output", "deployment", "load_model", "attach"])
+def test_what_a_notebook_needs_beside_the_verbs(name):
+    assert callable(getattr(mlops, name)) and name in dir(mlops)
+
+
 def test_the_package_lists_its_verbs():
     assert set(VERBS) <= set(dir(mlops))
     with pytest.raises(AttributeError, match="has no attribute 'sav'"):

@@ -207,3 +207,14 @@ def test_features_are_finite_or_missing(model, before):
     score = scores(model.history_, users)
     columns = table(model.history_, users, (users, np.arange(20)), score, repeat=False)
     assert all(np.isfinite(value).all() or name in {"user_gap", "item_discount"} for name, value in columns.items())
+
+
+def test_importance_is_what_shuffling_costs(model, before, after):
+    weights = model.importance(after, n_users=80)
+    assert list(weights.values()) == sorted(weights.values(), reverse=True) and weights == model.importance(after, n_users=80)
+    assert max(weights, key=weights.get).startswith(("pair_", "user_", "item_")) and max(weights.values()) > 0.005
+    bare = Recommender(max_iter=10, n_windows=1, n_candidates=40).fit(before)  # it was told no prices and no units
+    unknown = bare.importance(after, n_users=20)
+    assert {unknown[name] for name in ("price_fit", "units_fit", "item_price")} == {0.0}, "what it cannot see cannot matter"
+    with pytest.raises(Invalid, match="none of the purchases is by a known user"):
+        model.importance(after.assign(user=-1))

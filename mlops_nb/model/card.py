@@ -73,7 +73,7 @@ def importance(
         last = last.steps[-1][1] if deeper == "steps" else getattr(last, deeper)
     kind, values = next(((kind, getattr(last, one)) for kind, one in (("importance", "feature_importances_"), ("weight", "coef_")) if hasattr(last, one)), ("", None))
     if values is None or not isinstance(values, np.ndarray):
-        return {"none": f"A {type(last).__name__} does not say which features matter; measure it and keep it with attach(address, 'importance', {{feature: value}})."}
+        return {"not measured": f"A {type(last).__name__} does not say which features matter; measure it and keep it with attach(address, 'importance', {{feature: value}})."}
     values = values.reshape(-1, values.shape[-1])
     values = values[0] if len(values) == 1 else np.abs(values).mean(axis=0)
     names = names if names is not None and len(names) == len(values) else [f"feature {i}" for i in range(len(values))]

@@ -13,6 +13,7 @@ import pandas as pd
 from fastcore.basics import patch
 from sklearn.base import BaseEstimator
 from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.metrics import average_precision_score
 from sklearn.utils.validation import check_is_fitted
 from threadpoolctl import ThreadpoolController
 
@@ -237,3 +238,33 @@ def purchase_probability(
             if len(at):
                 found[at] = _probability(self, i, table(known, some, (np.searchsorted(some, who[at]), what[at]), score, repeat=not i))
     return found
+
+# %% ../../nbs/model/recommender.ipynb #fa0677a0
+@patch
+def importance(
+    self: Recommender,
+    purchases: pd.DataFrame,  # columns user and item: what was bought after the history
+    *,
+    n_users: int = 150,  # of how many users, drawn at random
+    seed: int = 0,  # of the drawing and the shuffling
+) -> dict[str, float]:  # feature -> loss of average precision over the candidate pairs, largest first
+    "Permutation importance (Breiman 2001) of each feature; `Invalid` when none of the users is known."
+    check_is_fitted(self, "history_")
+    rng, known, n = np.random.default_rng(seed), self.history_, len(self.items_)
+    who, what = locate(self.users_, purchases[self.user]), locate(self.items_, purchases[self.item])
+    bought = np.unique((who * n + what)[(who >= 0) & (what >= 0)])
+    if not len(bought):
+        raise Invalid("none of the purchases is by a known user of a known item; give purchases from after the history.")
+    users, parts = np.sort(rng.permutation(np.unique(bought // n))[:n_users]), ([], [])
+    for _, some, score, both in _blocks(self, known, users):
+        for i, pairs in enumerate(both):
+            parts[i].append((table(known, some, pairs, score, repeat=not i), np.isin(some[pairs[0]] * n + pairs[1], bought)))
+    columns = [{name: np.concatenate([features[name] for features, _ in part]) for name in part[0][0]} for part in parts]
+    labels = np.concatenate([label for part in parts for _, label in part])
+
+    def precision(tables: list[dict]) -> float:
+        return average_precision_score(labels, np.concatenate([_probability(self, i, one) for i, one in enumerate(tables)]))
+
+    whole = precision(columns)
+    lost = {name: float(whole - precision([one | {name: rng.permutation(one[name])} if name in one else one for one in columns])) for name in columns[0] | columns[1]}
+    return dict(sorted(lost.items(), key=lambda item: -item[1]))
