@@ -278,3 +278,8 @@ def test_an_untrusted_notebook_still_reads_well():
     assert re.findall(r'<div style="font-size:0"><svg', html) and html.count("<svg") == html.count('<div style="font-size:0"><svg')
     bare = re.sub(r"<style>.*?</style>|<svg.*?</svg>", "", html, flags=re.S)
     assert "12,345" in bare and "✗ fail" in bare and "By &lt;month&gt;" in bare
+
+
+def test_a_digest_is_shown_short_and_kept_whole():
+    report = Report({"digest": "6e650ce37f2732fcfdc2cab3f03851fec3addb343c739c93196e3c35752e0cf2"})
+    assert "6e650ce37f27\n" in report.text() + "\n" and "e0cf2" not in report.text() and "e0cf2" in report.json()

@@ -8,6 +8,7 @@ __all__ = ['Report', 'plain', 'Noun']
 # %% ../../nbs/core/report.ipynb #545df360
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
@@ -17,8 +18,11 @@ from .files import write_atomic
 from .plots import draw
 
 # %% ../../nbs/core/report.ipynb #ec52f072
+DIGEST = re.compile(r"[0-9a-f]{32,128}")
+
+
 def number(value: object) -> str:
-    "A value for reading: 3 significant digits, thousands separated."
+    "A value for reading: 3 significant digits, thousands separated, a digest by its first 12 characters."
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -29,6 +33,8 @@ def number(value: object) -> str:
         if not math.isfinite(value):
             return "–"
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if isinstance(value, str) and DIGEST.fullmatch(value):
+        return value[:12]
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {number(one)}" for key, one in value.items())
     return ", ".join(number(one) for one in value) if isinstance(value, (list, tuple)) else str(value)
