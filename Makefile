@@ -42,7 +42,7 @@ browser:
 	@$(BIN)/python tests/browser.py --install
 
 pytest: $(VENV)/.installed
-	MLOPS_PROGRESS=0 pytest -n 2 --dist loadgroup
+	MLOPS_PROGRESS=0 pytest -n 2 --dist loadfile
 
 docs: $(VENV)/.installed
 	$(BIN)/python tools/docs.py

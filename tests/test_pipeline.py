@@ -310,7 +310,7 @@ def test_control_c_stops_cleanly_and_is_recorded(shop):
 
 def test_a_run_inside_a_run_is_refused(shop):
     notebook(shop / "nested.ipynb", "x = 1", "from mlops_nb.pipeline.runs import run", "run('add.ipynb')")
-    with pytest.raises(RunFailed, match=r"Conflict: another run \(.* of nested, since"):
+    with pytest.raises(RunFailed, match=r"another run \(.* of nested, since"):
         run("nested.ipynb")
 
 
