@@ -69,7 +69,7 @@ def test_published_figures_of_online_retail(shop, size):
     assert sorted(one(report, "Quantity", "outliers")["rows"], key=int)[:2] and int(one(report, "Quantity", "outliers")["rows"][0]) == furthest.index[0]
     spelt = frame.groupby(frame["StockCode"].str.upper())["StockCode"].agg(lambda codes: len(codes) - codes.value_counts().iloc[0])
     assert one(report, "StockCode", "in several spellings")["count"] == spelt.sum()
-    assert report.passed and not found(report, "InvoiceDate") and not found(report, "Country")
+    assert report.passed and all("dependency" in what for what in found(report, "InvoiceDate") + found(report, "Country"))  # an invoice has one moment, but for a few
 
 
 def test_robust_z_where_half_of_the_values_are_equal():

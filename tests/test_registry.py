@@ -34,12 +34,19 @@ from sklearn.tree import DecisionTreeClassifier
 
 from mlops_nb.core.errors import Conflict, Invalid, MlopsError, NotFound, Unavailable, Untrusted
 from mlops_nb.core.settings import in_project
+from mlops_nb.data.store import save
 from mlops_nb.model.backend import tracking
 from mlops_nb.model.registry import alias_history, attach, attached, load_model, model, model_versions, models, promote, register, summary, track
 from models import customers, database, new_shop, shop  # noqa: F401
 
 NUMBERS, ROWS = ["value", "pieces"], customers(40, seed=1)[0]
 ENV = {key: value for key, value in os.environ.items() if not key.startswith("MLOPS_")} | {"PYTHONWARNINGS": "ignore"}
+
+
+def save_versions(**counts):
+    """Data sets with so many versions each; the digests by address."""
+    saved = [save(pd.DataFrame({"row": range(number + 1)}), name) for name, count in counts.items() for number in range(count)]
+    return {one.address: one.digest for one in saved}
 
 
 def columns(*, scale=True):
@@ -140,11 +147,13 @@ def test_mlflows_own_loader_reads_it_and_knows_its_inputs(shop, fitted, monkeypa
 
 
 def test_the_record_says_what_it_was_made_of(shop, fitted):  # noqa: F811
+    digests = save_versions(orders=3, customers=2)
     with track("tuning", params={"C": 1}, data=["orders@3"]) as run:
         run.log(metrics={"ndcg@10": "0.36"})
     made = register(fitted, "buys", run=run, params={"seed": 7}, data=["customers@2"])
     assert made == model("buys") == model("buys@challenger") == model(f"buys@{made.digest[:8]}") == model("buys@1")
     assert (made.data, made.metrics, made.params) == (("orders@3", "customers@2"), {"ndcg@10": 0.36}, {"C": 1, "seed": 7})
+    assert made.data_digests == {one: digests[one] for one in made.data}
     assert made.run == run.id and made.kind == "Pipeline(LogisticRegression)" and made.by
     with tracking() as client:
         kept = client.get_run(run.id)
@@ -428,12 +437,14 @@ def test_a_team_server_and_a_colleague(server, tmp_path, monkeypatch, fitted, em
     monkeypatch.setenv("MLOPS_TRACKING_URI", server)
     forest = imputed(RandomForestClassifier(5, random_state=0)).fit(*customers())
     with in_project(empty):
-        register(fitted, "buys", example=ROWS, data=["orders@3"], metrics={"auc": 0.8})
+        digests = save_versions(orders=3)
+        register(fitted, "buys", example=ROWS, data=["orders"], metrics={"auc": 0.8})
         promote(register(forest, "buys", example=ROWS).address)
         attach("buys@2", "validation", {"passed": True})
         assert np.array_equal(load_model("buys@champion").predict(ROWS), forest.predict(ROWS))
     with in_project(init(str(tmp_path / "colleague"), name="shop").folder):
         assert summary()[0]["aliases"] == {"challenger": 2, "champion": 2}
+        assert model("buys@1").data_digests == {"orders@3": digests["orders@3"]}
         assert model("buys@1").data == ("orders@3",) and model("buys@1").kind == "Pipeline(LogisticRegression)"
         assert np.array_equal(load_model("buys@1").predict(ROWS), fitted.predict(ROWS))
         with pytest.raises(Untrusted, match="sklearn.tree._tree.Tree"):
@@ -443,6 +454,8 @@ def test_a_team_server_and_a_colleague(server, tmp_path, monkeypatch, fitted, em
         promote("buys@1")
         with tracking() as client:
             assert client.get_model_version_by_alias("buys", "champion").version in (1, "1")
+        again = register(fitted, "buys", run=model("buys@1").run)
+        assert again.data_digests == {"orders@3": digests["orders@3"]}, "the run says what it was trained on, though the data is not here"
 
 
 def test_a_version_that_mlflow_pickled_is_refused(shop, tmp_path):  # noqa: F811

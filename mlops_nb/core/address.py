@@ -15,12 +15,13 @@ from .errors import Invalid, NotFound, known
 
 # %% ../../nbs/core/address.ipynb #c82766f3
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-EXPECTED = "a name of letters, digits, '_', '-' or '.', then perhaps '@' and a version, an alias or the first characters of a hash, such as orders@3"
+BRANCHED = re.compile(rf"{NAME.pattern}(:{NAME.pattern})?")
+EXPECTED = "a name of letters, digits, '_', '-' or '.', then perhaps ':' and a branch, '@' and a version, an alias or the first characters of a hash, such as orders@3"
 
 # %% ../../nbs/core/address.ipynb #a38ac62d
 @dataclass(frozen=True)
 class Address:
-    "A name and, after `@`, which version of it: a number, an alias or the beginning of a hash."
+    "A name, perhaps with a branch after `:`, and after `@` which version of it: a number, an alias or the beginning of a hash."
     name: str
     ref: str | None = None
 
@@ -30,9 +31,14 @@ class Address:
         if isinstance(text, cls):
             return text
         name, at, ref = str(text).partition("@")
-        if not NAME.fullmatch(name) or at and not NAME.fullmatch(ref):
+        if not BRANCHED.fullmatch(name) or at and not NAME.fullmatch(ref):
             raise Invalid(f"{str(text)!r} is not an address; expected {EXPECTED}.")
         return cls(name, ref or None)
+
+    @property
+    def branch(self) -> str:
+        "The part of the name after `:`; empty without one."
+        return self.name.partition(":")[2]
 
     @property
     def version(self) -> int | None:
@@ -46,9 +52,13 @@ class Address:
 def bare_name(
     text: str,  # what was given
     what: str = "name",  # what it names, for the message
+    *,
+    branches: bool = False,  # whether it may name a branch, as data sets do
 ) -> str:
     "The name itself; `Invalid` when it carries a version or a character that a name cannot have."
     address = Address.parse(text)
+    if address.branch and not branches:
+        raise Invalid(f"{text!r} names a branch, which only data sets have; write {address.name.partition(':')[0]!r}.")
     if address.ref:
         raise Invalid(f"{text!r} has a version, but a plain {what} was expected: write {address.name!r}.")
     return address.name

@@ -32,6 +32,11 @@ class ProjectSection(Section):
 
 class DataSection(Section):
     store: str = Field(".mlops/data", description="a folder, relative to the project")
+    remote: str = Field("", description="where push and pull go: a URL such as s3://bucket/shop, or another folder")
+
+
+class TableSection(Section):
+    delta: str = Field(description="the folder or URL of a Delta Lake table")
 
 
 class TrackingSection(Section):
@@ -83,6 +88,7 @@ class Settings:
     cluster: ClusterSection
     gates: Mapping[str, Mapping[str, str]]
     deploy: Mapping[str, DeploySection]
+    delta: Mapping[str, str]
 
 # %% ../../nbs/core/settings.ipynb #f50fb9d6
 def validated(section: str, model: type[Section], values: Mapping[str, str], where: str) -> Section:
@@ -131,19 +137,21 @@ def read_settings(
         parser.read_string(text)
     except configparser.Error as error:
         raise Invalid(f"{where} cannot be read: {str(error).splitlines()[0].rstrip('.')}; expected [section] headers and lines like key = value.") from None
-    deploy, sections, gates = {}, {}, {}
+    deploy, delta, sections, gates = {}, {}, {}, {}
     for section in parser.sections():
         kind, _, name = section.partition(".")
         if kind == "deploy" and name:
             deploy[name] = validated(section, DeploySection, with_environment(section, DeploySection, parser[section], environment), where)
+        elif kind == "data" and name:
+            delta[name] = validated(section, TableSection, with_environment(section, TableSection, parser[section], environment), where).delta
         elif section == "gates":
             gates = dict(parser[section])
         elif section not in (*SECTIONS, "DEFAULT"):  # [DEFAULT] belongs to other tools
-            raise Invalid(f"{where} has an unknown section [{section}]; expected one of {', '.join(SECTIONS)}, gates, deploy.<name>.")
+            raise Invalid(f"{where} has an unknown section [{section}]; expected one of {', '.join(SECTIONS)}, gates, deploy.<name>, data.<name>.")
     for section, model in SECTIONS.items():
         values = with_environment(section, model, parser[section] if section in parser else {}, environment)
         sections[section] = validated(section, model, values, where)
-    return Settings(**sections, gates=grouped_gates(gates, where), deploy=deploy)
+    return Settings(**sections, gates=grouped_gates(gates, where), deploy=deploy, delta=delta)
 
 # %% ../../nbs/core/settings.ipynb #320d1df1
 @dataclass(frozen=True)

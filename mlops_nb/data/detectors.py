@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['SAMPLE', 'MISSING_WARNING', 'PLACEHOLDERS', 'Z_LIMIT', 'RARE', 'NEGATIVE', 'MOSTLY', 'EARLIEST', 'NEAR_CONSTANT',
-           'ID_LIKE', 'ID_ROWS', 'DETECTORS', 'kind_of', 'Column', 'finding', 'printable', 'rows_with',
-           'missing_values', 'hidden_missing', 'shown', 'robust_z', 'fences', 'outliers', 'impossible_numbers',
-           'spellings', 'mixed_types', 'impossible_dates', 'information']
+__all__ = ['SAMPLE', 'MISSING_WARNING', 'PLACEHOLDERS', 'Z_LIMIT', 'RARE', 'NEGATIVE', 'MOST_DISTINCT', 'MOSTLY', 'EARLIEST',
+           'NEAR_CONSTANT', 'ID_LIKE', 'ID_ROWS', 'MANY_NAMES', 'DETECTORS', 'kind_of', 'Column', 'columns_of',
+           'finding', 'printable', 'rows_with', 'missing_values', 'placeholders', 'hidden_missing', 'shown', 'robust_z',
+           'fences', 'outliers', 'impossible_numbers', 'variants_of', 'spellings', 'mixed_types', 'impossible_times',
+           'impossible_dates', 'information', 'high_cardinality', 'numbers_as_text']
 
 # %% ../../nbs/data/detectors.ipynb #3a10df3a
 def kind_of(values: pd.Series) -> str:
@@ -78,6 +79,18 @@ class Column:
         numbers = np.where(np.isfinite(self.numbers), self.numbers, np.nan)
         return None if np.isnan(numbers).all() else np.abs(robust_z(numbers))
 
+    def forget(self) -> None:
+        "Let go of what was worked out, so that thirty columns take the memory of one."
+        for name in ("counts", "numbers", "far", "missing"):
+            self.__dict__.pop(name, None)
+
+
+def columns_of(frame: pd.DataFrame) -> list[Column]:
+    "The columns of a frame by position, under names that are unique text."
+    from mlops_nb.data.tables import physical_names
+
+    return [Column(name, frame.iloc[:, i]) for i, name in enumerate(physical_names(frame.columns))]
+
 # %% ../../nbs/data/detectors.ipynb #aa21ba85
 SAMPLE = 5
 
@@ -126,13 +139,15 @@ def missing_values(column: Column) -> Iterator[dict]:
                       "find out why; then drop these rows, fill them, or let the model know that they are missing")
 
 
+def placeholders(column: Column) -> list:
+    return [value for value in column.counts.index if str(value).strip().lower() in PLACEHOLDERS] if column.kind == "text" else []
+
+
 def hidden_missing(column: Column) -> Iterator[dict]:
     "Text that stands for a gap."
-    if column.kind == "text":
-        words = [value for value in column.counts.index if str(value).strip().lower() in PLACEHOLDERS]
-        if words:
-            rows = rows_with(column, words)
-            yield finding(column, "warning", f"text that stands for a missing value: {shown(words)}", rows, "make them missing (na_values= when reading)")
+    if words := placeholders(column):
+        rows = rows_with(column, words)
+        yield finding(column, "warning", f"text that stands for a missing value: {shown(words)}", rows, "make them missing (na_values= when reading)")
 
 
 def shown(values: list, limit: int = 4) -> str:
@@ -190,19 +205,28 @@ def impossible_numbers(column: Column) -> Iterator[dict]:
         yield finding(column, "note", "negative values where nearly all are not", negative, "make sure that they mean something (returns, corrections) or keep them out")
 
 # %% ../../nbs/data/detectors.ipynb #9dd75f6f
+MOST_DISTINCT = 100_000
+
+
+def variants_of(column: Column) -> list[list]:
+    "Groups of values that differ only in case or white space, the most frequent first in each."
+    if column.kind != "text":
+        return []
+    groups: dict[str, list] = {}
+    for value in column.counts.index[:MOST_DISTINCT]:
+        groups.setdefault(" ".join(str(value).casefold().split()), []).append(value)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def spellings(column: Column) -> Iterator[dict]:
     "Values that differ only in case or white space."
     if column.kind != "text":
         return
-    groups: dict[str, list] = {}
-    for value in column.counts.index:
-        groups.setdefault(" ".join(str(value).casefold().split()), []).append(value)
-    variants = [group for group in groups.values() if len(group) > 1]
-    if variants:
+    if variants := variants_of(column):
         rows = rows_with(column, [value for group in variants for value in group[1:]])
         examples = "; ".join(" = ".join(repr(str(value)) for value in group[:3]) for group in variants[:2])
         yield finding(column, "warning", f"{len(variants)} values in several spellings: {examples}", rows, "bring them to one spelling (.str.strip(), .str.upper())")
-    padded = [value for value in column.counts.index if str(value) != str(value).strip()]
+    padded = [value for value in column.counts.index[:MOST_DISTINCT] if str(value) != str(value).strip()]
     if padded:
         yield finding(column, "note", f"white space around the text: {shown(padded, 2)}", rows_with(column, padded), "strip it (.str.strip())")
 
@@ -232,8 +256,8 @@ def mixed_types(column: Column) -> Iterator[dict]:
 EARLIEST = "1900-01-01"
 
 
-def impossible_dates(column: Column, now: object = None) -> Iterator[dict]:
-    "Times in the future or before 1900."
+def impossible_times(column: Column, now: object = None) -> Iterator[tuple[np.ndarray, str]]:
+    "The rows with times in the future, before 1900 or outside every calendar, and which of these."
     import pandas as pd
 
     if column.kind != "time":
@@ -245,7 +269,13 @@ def impossible_dates(column: Column, now: object = None) -> Iterator[dict]:
     unreadable = times.isna().to_numpy() & ~column.missing
     for rows, what in ((future, "in the future"), (early, "before 1900"), (unreadable, "that no calendar here can hold")):
         if rows.any():
-            yield finding(column, "error", f"dates {what}", rows, "correct them or make them missing; a placeholder such as 9999-12-31 is not a date")
+            yield rows, what
+
+
+def impossible_dates(column: Column, now: object = None) -> Iterator[dict]:
+    "Times in the future or before 1900."
+    for rows, what in impossible_times(column, now):
+        yield finding(column, "error", f"dates {what}", rows, "correct them or make them missing; a placeholder such as 9999-12-31 is not a date")
 
 # %% ../../nbs/data/detectors.ipynb #f0b7a739
 NEAR_CONSTANT, ID_LIKE, ID_ROWS = 0.995, 0.98, 100
@@ -268,6 +298,27 @@ def information(column: Column) -> Iterator[dict]:
     if (column.kind == "text" or whole) and n >= ID_ROWS and len(column.counts) / n >= ID_LIKE:
         yield finding(column, "note", f"nearly every value differs ({len(column.counts):,} of {n:,})", present, "an identifier: use it to join rows, not as a feature")
 
+# %% ../../nbs/data/detectors.ipynb #c9e0e46e
+MANY_NAMES = 1000
+
+
+def high_cardinality(column: Column) -> Iterator[dict]:
+    "Text of more than a thousand different values, or of more than a tenth as many as there are rows, that is not an identifier."
+    distinct, present = len(column.counts), int((~column.missing).sum())
+    if column.kind == "text" and present >= ID_ROWS and distinct / present < ID_LIKE and (distinct > MANY_NAMES or distinct > present / 10):
+        yield finding(column, "note", f"high cardinality: {distinct:,} different values", ~column.missing,
+                      "encode it by the target or by hashing, or group the rare values; one column for each value is too many")
+
+
+def numbers_as_text(column: Column) -> Iterator[dict]:
+    "Text in which every value is a number."
+    import pandas as pd
+
+    if column.kind == "text" and len(column.counts):
+        texts = pd.Series(list(column.counts.index[:MOST_DISTINCT]), dtype=object)
+        if pd.to_numeric(texts, errors="coerce").notna().all() and not texts.astype(str).str.match(r"[+-]?0\d").any():
+            yield finding(column, "note", "numbers kept as text", ~column.missing, "convert it (pd.to_numeric), unless it is a code that is never added up")
+
 # %% ../../nbs/data/detectors.ipynb #2f6c5d46
 DETECTORS: tuple[Callable[[Column], Iterator[dict]], ...] = (
-    missing_values, hidden_missing, mixed_types, impossible_numbers, impossible_dates, outliers, spellings, information)
+    missing_values, hidden_missing, mixed_types, impossible_numbers, impossible_dates, outliers, spellings, information, high_cardinality, numbers_as_text)

@@ -7,48 +7,33 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.errors import Invalid, NotFound, known
+from ..core.errors import Invalid, MlopsError, NotFound, known
 from ..core.gates import judge
 from ..core.progress import progress
 from ..core.report import Report
 from ..core.settings import project
 from ..core.step import conclude
-from .detectors import DETECTORS, Z_LIMIT, Column, fences, finding, printable
+from .detectors import DETECTORS, Z_LIMIT, Column, columns_of, fences, finding, printable
+from .freshness import against_earlier, change
+from .labels import label_errors, label_findings
+from .leaks import leak_findings, power_plot, predictive_power
+from .rows import duplicated, overlap_findings, row_findings, shared
 from .store import as_frame
+from .suspects import named, suspect_cells, suspect_findings
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 # %% auto #0
-__all__ = ['CLASSES', 'IMBALANCE', 'BARS', 'BINS', 'SEVERITIES', 'columns_of', 'duplicated', 'row_findings', 'is_classes',
-           'target_findings', 'figures_of', 'column_row', 'number_row', 'missing_plot', 'outlier_plot',
-           'gates_from_settings', 'target_column', 'findings_of', 'check', 'summary']
-
-# %% ../../nbs/data/quality.ipynb #fbfb0a9e
-def columns_of(frame: pd.DataFrame) -> list[Column]:
-    "The columns of a frame by position, under names that are unique text."
-    from mlops_nb.data.tables import physical_names
-
-    return [Column(name, frame.iloc[:, i]) for i, name in enumerate(physical_names(frame.columns))]
-
-
-def duplicated(frame: pd.DataFrame) -> pd.Series:
-    "True in the rows that repeat an earlier one; cells that cannot be compared count as their text."
-    try:
-        return frame.duplicated()
-    except (TypeError, NotImplementedError):
-        return frame.apply(lambda column: column.map(repr) if column.dtype == object or str(column.dtype).endswith("[pyarrow]") else column).duplicated()
-
-
-def row_findings(frame: pd.DataFrame, rows: pd.Series) -> list[dict]:
-    if not frame.shape[0] or not frame.shape[1]:
-        return [finding(None, "error", "there are no rows" if frame.shape[1] else "there are no columns", rows.to_numpy(), "find out why nothing was delivered", index=frame.index)]
-    if rows.any():
-        return [finding(None, "warning", "rows that repeat an earlier row", rows.to_numpy(), "drop them (.drop_duplicates()) unless a repetition means something", index=frame.index)]
-    return []
+__all__ = ['CLASSES', 'IMBALANCE', 'BARS', 'BINS', 'LISTED', 'SEVERITIES', 'is_classes', 'target_findings', 'column_row',
+           'number_row', 'missing_plot', 'outlier_plot', 'Looked', 'share', 'look_at_columns', 'look_at_rows',
+           'look_at_target', 'gates_from_settings', 'target_column', 'look_at_others', 'check', 'report_of', 'summary']
 
 # %% ../../nbs/data/quality.ipynb #c10024fb
 CLASSES, IMBALANCE = 20, 0.1
@@ -70,19 +55,6 @@ def target_findings(column: Column) -> list[dict]:
             found.append(finding(column, "warning", f"class imbalance: {len(rare)} of {len(column.counts)} classes are rare, the smallest holds {few:.2%}",
                                  column.values.isin(rare).to_numpy(), "judge by recall and precision per class, stratify the split, and weigh or resample the classes"))
     return found
-
-# %% ../../nbs/data/quality.ipynb #013eb1c2
-def figures_of(columns: list[Column], rows: pd.Series, found: list[dict], target: Column | None = None) -> dict[str, float]:
-    "Every figure a gate can ask for."
-    share = lambda mask: float(mask.mean()) if len(mask) else 0.0
-    missing = {column.name: share(column.missing) for column in columns}
-    outlying = {column.name: share(column.far > Z_LIMIT) for column in columns if column.far is not None}
-    severities = Counter(row["severity"] for row in found)
-    figures = {"rows": len(rows), "columns": len(columns), "missing": max(missing.values(), default=0.0), "duplicates": share(rows),
-               "outliers": max(outlying.values(), default=0.0), "errors": severities["error"], "warnings": severities["warning"], "notes": severities["note"]}
-    if target is not None and is_classes(target) and len(target.counts):
-        figures["smallest_class"] = float(target.counts.iloc[-1] / target.counts.sum())
-    return {**figures, **{f"missing.{name}": value for name, value in missing.items()}, **{f"outliers.{name}": value for name, value in outlying.items()}}
 
 # %% ../../nbs/data/quality.ipynb #7d7198ce
 def column_row(column: Column) -> dict:
@@ -107,9 +79,9 @@ def number_row(column: Column) -> dict | None:
 BARS, BINS = 15, 30
 
 
-def missing_plot(columns: list[Column]) -> dict | None:
+def missing_plot(rows: list[dict]) -> dict | None:
     "The missing shares of the columns that have gaps, the worst first."
-    shares = sorted(((float(column.missing.mean()), column.name) for column in columns if column.missing.any()), reverse=True)[:BARS]
+    shares = sorted(((row["missing_share"], row["column"]) for row in rows if row["missing"]), reverse=True)[:BARS]
     return {"plot": "bars", "title": "Missing values, share of the rows", "x": [name for _, name in shares], "y": {"missing": [share for share, _ in shares]}} if shares else None
 
 
@@ -127,6 +99,90 @@ def outlier_plot(columns: list[Column], numbers: list[dict]) -> dict | None:
     return {"plot": "histogram", "title": f"{worst['column']}: beyond {low:.3g} and {high:.3g} counted in the outermost bars (it goes from {worst['min']:,.4g} to {worst['max']:,.4g})",
             "x": [float(edge) for edge in edges], "y": {"share": [float(count) / len(values) for count in counts]}, "x_label": worst["column"], "y_label": "share of rows"}
 
+# %% ../../nbs/data/quality.ipynb #4acbdd64
+@dataclass
+class Looked:
+    "What is gathered while a data set is looked at."
+    columns: list[Column]
+    found: list[dict] = field(default_factory=list)
+    plots: list[dict | None] = field(default_factory=list)
+    tables: dict[str, list[dict]] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def tried(self, what: str, look: Callable[[], list[dict]]) -> None:
+        "Add what a detector finds; one that fails leaves a finding that says so, and never hides the others'. The user's own mistakes are raised."
+        try:
+            self.found += look()
+        except MlopsError:
+            raise
+        except Exception as error:
+            self.found.append(change("warning", printable(f"could not be checked for {what}: {type(error).__name__}: {str(error)[:200]}"), "report this as a mistake of mlops_nb; the other findings hold"))
+
+
+def share(mask: np.ndarray) -> float:
+    return float(mask.mean()) if len(mask) else 0.0
+
+
+def look_at_columns(looked: Looked) -> None:
+    "Every detector on every column, and the two tables about them."
+    rows, numbers, missing, outlying = [], [], {}, {}
+    for column in progress(looked.columns, "checking", unit="column"):
+        for detector in DETECTORS if len(column.values) else ():
+            looked.tried(f"{detector.__name__.replace('_', ' ')} ({column.name})", lambda: list(detector(column)))
+        rows.append(column_row(column))
+        missing[f"missing.{column.name}"] = share(column.missing)
+        if row := number_row(column):
+            numbers.append(row)
+            outlying[f"outliers.{column.name}"] = share(column.far > Z_LIMIT)
+        column.forget()
+    looked.tables |= {"column_by_column": rows, **({"numbers": numbers} if numbers else {})}
+    looked.plots += [missing_plot(rows), outlier_plot(looked.columns, numbers)]
+    looked.figures |= {"missing": max(missing.values(), default=0.0), "outliers": max(outlying.values(), default=0.0), **missing, **outlying}
+
+# %% ../../nbs/data/quality.ipynb #5d29cf84
+LISTED = 20
+
+
+def look_at_rows(looked: Looked, frame: pd.DataFrame, seed: int) -> None:
+    "Repeated rows, strangers and suspect cells."
+    if not frame.shape[0] or not frame.shape[1]:
+        looked.found.append(change("error", "there are no rows" if frame.shape[1] else "there are no columns", "find out why nothing was delivered"))
+    repeated = duplicated(frame)
+    looked.figures |= {"duplicates": share(repeated), "duplicate_rows": int(repeated.sum())}
+    looked.tried("whole rows", lambda: row_findings(looked.columns, repeated, frame.index, seed=seed))
+
+    def cells() -> list[dict]:
+        table = suspect_cells(looked.columns, seed=seed)
+        looked.figures["suspects"] = len(table) / max(frame.size, 1)
+        looked.tables["suspects"] = named(looked.columns, table.head(LISTED)).to_dict("records")
+        return suspect_findings(looked.columns, table)
+
+    looked.tried("suspect cells", cells)
+
+
+def look_at_target(looked: Looked, frame: pd.DataFrame, target: Column, labels: bool, seed: int) -> None:
+    "Imbalance, leaks and label errors."
+    looked.tried("the target", lambda: target_findings(target))
+    classes = is_classes(target)
+    if classes and len(target.counts):
+        looked.figures["smallest_class"] = float(target.counts.iloc[-1] / target.counts.sum())
+
+    def leaks() -> list[dict]:
+        power = predictive_power(looked.columns, target, classes=classes, seed=seed)
+        looked.plots.append(power_plot(power, target.name))
+        looked.figures["leak"] = max(power.values(), default=0.0)
+        return leak_findings(looked.columns, power)
+
+    def doubted() -> list[dict]:
+        errors = label_errors(frame.set_axis([column.name for column in looked.columns], axis=1), target.name, seed=seed)
+        looked.figures["label_errors"] = len(errors) / max(len(frame), 1)
+        looked.tables["label_errors"] = errors.head(LISTED).to_dict("records")
+        return label_findings(target, errors)
+
+    looked.tried("leaking columns", leaks)
+    if labels and classes:
+        looked.tried("label errors", doubted)
+
 # %% ../../nbs/data/quality.ipynb #2b0c3be7
 SEVERITIES = ("error", "warning", "note")
 
@@ -138,7 +194,7 @@ def gates_from_settings() -> Mapping[str, str]:
         return {}
 
 
-def target_column(columns: list[Column], target: str) -> Column | None:
+def target_column(columns: Sequence[Column], target: str) -> Column | None:
     if not target:
         return None
     for column in columns:
@@ -147,34 +203,56 @@ def target_column(columns: list[Column], target: str) -> Column | None:
     raise Invalid(f"the data have no column {target!r} to be the target; {known(str(target), [column.name for column in columns], limit=20)}")
 
 
-def findings_of(frame: pd.DataFrame, columns: list[Column], rows: pd.Series, target: Column | None) -> list[dict]:
-    "All findings, the worst first."
-    found = row_findings(frame, rows) + (target_findings(target) if target else [])
-    for column in progress(columns if len(frame) else [], "checking", unit="column"):
-        found += [row for detector in DETECTORS for row in detector(column)]
-    return sorted(found, key=lambda row: (SEVERITIES.index(row["severity"]), -row["share"]))
+def look_at_others(looked: Looked, frame: pd.DataFrame, address: str, against: object, key: str, target: str) -> None:
+    "What is shared with another data set, and what changed against earlier versions."
+    if not isinstance(against, str) or against:
+        other, _ = as_frame(against)
+        found = shared(frame, other, key=key, target=target)
+        looked.figures |= {"overlap" if name == "rows" else f"overlap.{name}": share(mask) for name, mask in found.items()}
+        looked.found += overlap_findings(found, frame.index)
 
-# %% ../../nbs/data/quality.ipynb #2b51841e
+    def earlier() -> list[dict]:
+        found, plot = against_earlier(looked.columns, address)
+        looked.plots.append(plot)
+        return found
+
+    if address:
+        looked.tried("changes against earlier versions", earlier)
+
+# %% ../../nbs/data/quality.ipynb #88f2f932
 def check(
     data: object,  # a frame, an Arrow table, the path of a .parquet or .csv file, or an address such as orders@3
     *,
     target: str = "",  # the column that a model is to predict
-    gates: dict[str, str] | None = None,  # figure -> bound, such as missing: 5%; left out: those of settings.ini
+    gates: dict[str, str] | None = None,  # figure -> bound, such as missing: 5% (or 0.05); left out: those of settings.ini
+    against: str = "",  # another data set that must not share rows with this one, such as the training set; in Python a frame too
+    key: str = "",  # column(s), separated by commas, that must not have values in both of them
+    labels: bool = True,  # look for label errors, where the target has classes
+    seed: int = 0,  # for samples of large data, folds and forests
 ) -> Report:
-    "Missing values, duplicates, outliers, spellings, types, dates and more, each with the rows concerned and what to do; gates decide."
+    "Missing values, duplicates, outliers, suspect cells, leaks, label errors and more, each with the rows concerned and what to do; gates decide."
     frame, name = as_frame(data)
-    columns, rows = columns_of(frame), duplicated(frame)
-    label = target_column(columns, target)
-    found = findings_of(frame, columns, rows, label)
-    figures = figures_of(columns, rows, found, label)
-    numbers = [row for column in columns if (row := number_row(column))]
-    checks = judge(gates_from_settings() if gates is None else gates, figures)
-    plots = [plot for plot in (missing_plot(columns), outlier_plot(columns, numbers)) if plot]
+    looked = Looked(columns_of(frame))
+    label = target_column(looked.columns, target)
+    look_at_columns(looked)
+    look_at_rows(looked, frame, seed)
+    if label and len(frame):
+        look_at_target(looked, frame, label, labels, seed)
+    look_at_others(looked, frame, name if isinstance(data, str) and not Path(data).is_file() else "", against, key, target)
+    return conclude(report_of(looked, frame, name, gates), f"check-{re.sub(r'[^A-Za-z0-9_@.-]', '-', name)}")
+
+
+def report_of(looked: Looked, frame: pd.DataFrame, name: str, gates: Mapping[str, object] | None) -> Report:
+    "The report on what was gathered, the worst findings first, judged by gates."
+    found = sorted(looked.found, key=lambda row: (SEVERITIES.index(row["severity"]), -row["share"]))
+    severities, repeated = Counter(row["severity"] for row in found), looked.figures.pop("duplicate_rows")
+    figures = {"rows": len(frame), "columns": len(looked.columns), **{f"{one}s": severities[one] for one in SEVERITIES}, **looked.figures}
+    checks, plots = judge(gates_from_settings() if gates is None else gates, figures), [plot for plot in looked.plots if plot]
     facts = {"title": f"Check of {'the data' if name == 'data' else name}", "summary": summary(figures), "rows": figures["rows"], "columns": figures["columns"],
-             "missing_in_the_worst_column": figures["missing"], "duplicate_rows": int(rows.sum()),
+             "missing_in_the_worst_column": figures["missing"], "duplicate_rows": repeated,
              **{key: value for key, value in (("checks", checks), ("findings", found), ("plots", plots)) if value},
-             "column_by_column": [column_row(column) for column in columns], **({"numbers": numbers} if numbers else {}), "figures": figures}
-    return conclude(Report(facts), f"check-{re.sub(r'[^A-Za-z0-9_@.-]', '-', name)}")
+             **{key: value for key, value in sorted(looked.tables.items(), key=lambda one: one[0] not in ("suspects", "label_errors")) if value}, "figures": figures}
+    return Report(facts)
 
 
 def summary(figures: Mapping[str, float]) -> str:

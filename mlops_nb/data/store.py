@@ -5,258 +5,113 @@
 # %% ../../nbs/data/store.ipynb #284e71bd
 from __future__ import annotations
 
-import getpass
-import json
 import os
-import shutil
-import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.address import Address, bare_name, pick
-from ..core.errors import Invalid, NotFound, Unavailable, known
-from ..core.files import digest_of, disk_faults, locked, read_json, timestamp, write_json
-from ..core.report import Noun, Report
+from ..core.address import bare_name
+from ..core.errors import Invalid, NotFound
+from ..core.files import digest_of, disk_faults, locked, read_json
+from ..core.progress import progress
+from ..core.report import Report
 from ..core.settings import project
-from ..core.step import current_step
-from .objects import Objects, put_file, read_object
+from .chunks import Content, Memory, entry_of, put_file, put_folder
+from .packs import Packs, writing
+from .versions import (Version, branches, chunks_of, commit, content_digest, datasets, listing, manifest_of, manifests, newest, packs_of, put_listing,
+                                    store, version, versions)
 
+# %% auto #0
+__all__ = ['AS', 'put_path', 'base_of', 'sound_listing', 'twin', 'put_frame', 'save', 'log', 'row_of', 'lay_out', 'laid_out',
+           'load', 'as_frame']
+
+# %% ../../nbs/data/store.ipynb #30679cbf
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% auto #0
-__all__ = ['FORMAT', 'AS', 'Version', 'store', 'manifests', 'datasets', 'content_digest', 'manifest', 'version_of', 'newest',
-           'file_entry', 'put_table', 'walk', 'put_path', 'user', 'git_commit', 'circumstances', 'save', 'versions',
-           'version', 'log', 'row_of', 'content', 'laid_out', 'load', 'as_frame']
-
 # %% ../../nbs/data/store.ipynb #43bdfd17
-@dataclass(frozen=True)
-class Version(Noun):
-    "One saved version of a data set. `new` is False when saving found that nothing had changed."
-    name: str
-    version: int
-    digest: str
-    kind: str
-    rows: int | None
-    columns: int | None
-    size_bytes: int
-    added_bytes: int
-    message: str = ""
-    saved_at: str = ""
-    by: str = ""
-    commit: str = ""
-    run: str = ""
-    key: str = ""
-    aliases: tuple[str, ...] = ()
-    new: bool = True
+def put_path(path: Path) -> dict:
+    "Keep a file or a folder; facts for the manifest."
+    packs, rows, columns = packs_of(), None, None
+    if not path.exists():
+        raise NotFound(f"there is no file or folder {path}; check the path.")
+    if path.is_dir() and store().resolve().is_relative_to(path.resolve()):
+        raise Invalid(f"{path} contains the data store itself ({store()}); save the folders beside it one by one.")
+    if path.is_file() and path.suffix == ".parquet":
+        from mlops_nb.data.tables import scan
+        rows, columns = scan(path)
+    kind = "folder" if path.is_dir() else "file"
+    with writing(packs) as writer:
+        if kind == "folder":
+            memory = Memory(project().state / "cache" / f"{digest_of(str(path.resolve()).encode())[:16]}.json")
+            files = put_folder(writer, path, memory, progress=lambda found: progress(found, "saving", unit="file"))
+        else:
+            facts, stat = put_file(writer, path)
+            files = [entry_of(path.name, facts, stat.st_mode)]
+        detail = put_listing(writer, {"files": files})
+    return {"digest": content_digest(kind, files), "kind": kind, "rows": rows, "columns": columns, "size_bytes": sum(file["size"] for file in files),
+            "added_bytes": writer.added, "listing": detail}
 
-    @property
-    def address(self) -> str:
-        "How to ask for it: `orders@3`."
-        return f"{self.name}@{self.version}"
-
-    @property
-    def facts(self) -> dict:
-        "Everything known about it, ready for a report."
-        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("aliases", "new")}
-        said = {} if self.new else {"summary": f"Nothing has changed since {self.address}, so no new version was made."}
-        return {"title": self.address, **said, **{key: value for key, value in own.items() if value not in ("", None)}, "aliases": ", ".join(self.aliases), "new": self.new}
-
-# %% ../../nbs/data/store.ipynb #0569a220
-FORMAT = 1
+# %% ../../nbs/data/store.ipynb #dd3a05d8
+def base_of(name: str) -> dict | None:
+    "The newest version of a data set; a branch that has none yet starts from the newest of its data set."
+    main, _, branch = name.partition(":")
+    if branch and not manifests(main):
+        raise NotFound(f"there is no data set {main!r} to make the branch {name!r} of; save {main!r} first.")
+    return newest(name) or (newest(main) if branch else None)
 
 
-def store() -> Path:
-    "The folder of the project's data store."
-    place = project().settings.data.store
-    if "://" in place:
-        raise Unavailable(f"[data] store = {place} is a remote, which this version cannot use yet; give a folder.")
-    return project().path(place)
-
-
-def manifests(name: str) -> dict[int, Path]:
-    "The manifest files of a data set by version number."
-    folder = store() / "datasets" / name
-    if not folder.is_dir():
-        return {}
-    return {int(entry.name[:-5]): folder / entry.name for entry in os.scandir(folder) if entry.name.endswith(".json") and entry.name[:-5].isdigit()}
-
-
-def datasets() -> list[str]:
-    "The names of the data sets that have a version."
-    folder = store() / "datasets"
-    return sorted(name for name in os.listdir(folder) if manifests(name)) if folder.is_dir() else []
-
-# %% ../../nbs/data/store.ipynb #7a1159ca
-def content_digest(kind: str, files: list[dict]) -> str:
-    "One digest over names and contents: equal data have equal digests, on every machine."
-    return digest_of(json.dumps([kind, sorted([file["path"], file["digest"], file["executable"]] for file in files)]).encode())
-
-
-def manifest(name: str, number: int, path: Path) -> dict:
-    "A version's manifest; `Invalid` when it is damaged or of a later format."
-    facts = read_json(path)
-    if not isinstance(facts, dict) or facts.get("format", 0) > FORMAT:
-        raise Invalid(f"{name}@{number} was saved by a newer mlops_nb; upgrade this one to read it.")
+def sound_listing(facts: dict, packs: Packs) -> dict | None:
+    "What a version holds in detail; None when that is damaged, which must not keep anybody from saving."
     try:
-        whole = content_digest(facts["kind"], facts["files"]) == facts["digest"]
-    except (KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise Invalid(f"{name}@{number} has a damaged manifest: {path} does not add up; restore it from a backup.")
-    return facts
-
-
-def version_of(facts: dict, *, new: bool = True) -> Version:
-    known_fields = {field.name for field in fields(Version)}
-    return replace(Version(**{key: value for key, value in facts.items() if key in known_fields and key != "aliases"}), new=new)
-
-
-def newest(name: str, there: dict[int, Path]) -> dict | None:
-    "The last manifest; None when there is none, or when it is damaged and cannot be compared with."
-    try:
-        return manifest(name, max(there), there[max(there)]) if there else None
+        return listing(facts, packs)
     except Invalid:
         return None
 
-# %% ../../nbs/data/store.ipynb #e110e162
-def file_entry(path: str, piece: object, executable: bool = False) -> dict:
-    "A file in a manifest: its name, size and digest, and the chunks that make it up."
-    return {"path": path, "size": piece.size, "digest": piece.digest, "executable": executable, "chunks": [[piece.digest, piece.size]]}
+
+def twin(name: str, digest: str, packs: Packs) -> dict | None:
+    "The manifest of a version with this content, every chunk of it unharmed."
+    for one in dict.fromkeys([name, name.partition(":")[0]]):
+        for number, path in sorted(manifests(one).items(), reverse=True):
+            facts = read_json(path)
+            if facts.get("digest") == digest and "listing" in facts and sound_listing(facts, packs) and all(packs.good_copy(chunk) is not None for chunk in chunks_of(facts, packs)):
+                return facts
+    return None
 
 
-def put_table(data: object, name: str, key: str) -> tuple[dict, int]:
-    "Keep a frame; facts for the manifest and the bytes it added."
-    from mlops_nb.data.tables import chosen, labels_of, to_table, write_table
+def put_frame(data: object, name: str, key: str) -> dict:
+    "Keep a frame; facts for the manifest."
+    from mlops_nb.data.fingerprint import table_digest
+    from mlops_nb.data.stored import put_table
+    from mlops_nb.data.tables import chosen, labels_of, to_table
 
     table = to_table(data)
     labels = labels_of(table.schema)
     if key:
         chosen([one.strip() for one in key.split(",")], table.schema, f"the data for {name}")
-    objects = Objects(store() / "objects")
-    with objects.draft() as draft:
-        write_table(table, draft)
-        piece = objects.keep(draft)
-    return {"kind": "table", "rows": table.num_rows, "columns": len(labels), "files": [file_entry(f"{name}.parquet", piece)]}, piece.added
+    facts, base, packs = {"digest": table_digest(table), "kind": "table", "rows": table.num_rows, "columns": len(labels)}, base_of(name), packs_of()
+    if same := twin(name, facts["digest"], packs):
+        return {**facts, "size_bytes": same["size_bytes"], "added_bytes": 0, "listing": same["listing"]}
+    before = sound_listing(base, packs) if base and base["kind"] == "table" else None
+    files, entry, added = put_table(packs, table, before, put_listing)
+    return {**facts, "size_bytes": sum(file["size"] for file in files["files"]), "added_bytes": added, "listing": entry}
 
-
-def walk(folder: Path) -> Iterator[Path]:
-    "The files of a folder and its empty folders; `Invalid` for what cannot be kept."
-    for place, folders, names in os.walk(folder):
-        here = Path(place)
-        for link in (here / one for one in folders if (here / one).is_symlink()):
-            raise Invalid(f"{link} is a link to a folder; save that folder itself, or replace the link by a copy.")
-        for path in (here / one for one in sorted(names)):
-            if not path.is_file():
-                raise Invalid(f"{path} is not a file that can be read (a broken link or a device); remove it and save again.")
-            yield path
-        if not folders and not names and here != folder:
-            yield here
-
-# %% ../../nbs/data/store.ipynb #218e43f1
-def put_path(path: Path, name: str) -> tuple[dict, int]:
-    "Keep a file or a folder; facts for the manifest and the bytes it added."
-    objects = Objects(store() / "objects")
-    facts: dict = {"kind": "folder" if path.is_dir() else "file", "rows": None, "columns": None, "files": []}
-    if path.is_file() and path.suffix == ".parquet":
-        from mlops_nb.data.tables import scan
-        facts["rows"], facts["columns"] = scan(path)
-    elif not path.exists():
-        raise NotFound(f"there is no file or folder {path}; check the path.")
-    if path.is_dir() and store().resolve().is_relative_to(path.resolve()):
-        raise Invalid(f"{path} contains the data store itself ({store()}); save the folders beside it one by one.")
-    added = 0
-    for source in walk(path) if path.is_dir() else [path]:
-        inside = source.relative_to(path).as_posix() if path.is_dir() else path.name
-        try:
-            inside.encode()
-        except UnicodeEncodeError:
-            raise Invalid(f"{inside!r} has a name that is not UTF-8; rename it and save again.") from None
-        if source.is_dir():
-            facts["files"].append({"path": inside + "/", "size": 0, "digest": "", "executable": False, "chunks": []})
-            continue
-        piece = put_file(objects, source)
-        added += piece.added
-        facts["files"].append(file_entry(inside, piece, os.access(source, os.X_OK)))
-    return facts, added
-
-# %% ../../nbs/data/store.ipynb #abc7d73e
-def user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):
-        return str(os.getuid()) if hasattr(os, "getuid") else ""
-
-
-def git_commit(folder: Path) -> str:
-    "The commit that a folder is at; empty without git."
-    if not any((one / ".git").exists() for one in (folder, *folder.parents)):
-        return ""
-    try:
-        done = subprocess.run(["git", "-C", str(folder), "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def circumstances() -> dict:
-    "By whom, when, at which commit and in which run."
-    step = current_step()
-    return {"saved_at": timestamp(), "by": user(), "commit": git_commit(project().folder), "run": step.run if step else ""}
-
-# %% ../../nbs/data/store.ipynb #1a5e59c1
+# %% ../../nbs/data/store.ipynb #0569a220
 def save(
     data: object,  # a pandas or polars frame, an Arrow table, or the path of a file or folder
-    name: str,  # the data set, such as orders
+    name: str,  # the data set, such as orders, or a branch of it, such as orders:no-outliers
     *,
     message: str = "",  # what changed, for the log
     key: str = "",  # column(s) that identify a row, separated by commas
 ) -> Version:
     "Keep data as the next version of a data set; when nothing changed, the version it already is."
-    name = bare_name(name, what="data set")
-    if isinstance(data, (str, os.PathLike)):
-        facts, added = put_path(Path(data).expanduser(), name)
-    else:
-        facts, added = put_table(data, name, key)
-    digest = content_digest(facts["kind"], facts["files"])
-    folder = store() / "datasets" / name
-    with disk_faults(folder), locked(folder / ".lock", message=f"somebody else is saving {name!r} and does not finish; try again in a minute."):
-        there = manifests(name)
-        last = newest(name, there)
-        if last and last["digest"] == digest and key in ("", last["key"]):
-            return version_of(last, new=False)
-        number = max(there, default=0) + 1
-        size = sum(file["size"] for file in facts["files"])
-        whole = {"format": FORMAT, "name": name, "version": number, "digest": digest, **facts, "size_bytes": size, "added_bytes": added,
-                 "message": message, "key": key, **circumstances()}
-        write_json(folder / f"{number}.json", whole)
-    return version_of(whole)
+    name = bare_name(name, what="data set", branches=True)
+    base = base_of(name)
+    with disk_faults(store()):
+        facts = put_path(Path(data).expanduser()) if isinstance(data, (str, os.PathLike)) else put_frame(data, name, key)
+    start = f"{base['name']}@{base['version']}" if base and base["name"] != name else ""
+    return commit(name, facts, message=message, key=key or (base or {}).get("key", ""), parent=start)
 
-# %% ../../nbs/data/store.ipynb #999a78ee
-def versions(
-    name: str,  # the data set
-) -> list[Version]:
-    "All versions of a data set, oldest first; `NotFound` names the data sets there are."
-    name = bare_name(name, what="data set")
-    if not (there := manifests(name)):
-        raise NotFound(f"there is no data set {name!r}; {known(name, datasets())}")
-    return [version_of(manifest(name, number, there[number])) for number in sorted(there)]
-
-
-def version(
-    address: str,  # such as orders, orders@3 or orders@9f2c41
-) -> Version:
-    "The version that an address points to; a damaged manifest beside it does no harm."
-    wanted = Address.parse(address)
-    there = manifests(wanted.name)
-    number = max(there, default=0) if wanted.ref is None else wanted.version
-    if number in there:
-        return version_of(manifest(wanted.name, number, there[number]))
-    return pick(wanted, versions(wanted.name))
-
-# %% ../../nbs/data/store.ipynb #30148d44
+# %% ../../nbs/data/store.ipynb #9933230a
 def log(
     name: str = "",  # the data set; empty lists all data sets
 ) -> Report:
@@ -265,68 +120,95 @@ def log(
         rows = [{"data_set": one, "versions": len(all_of), **row_of(all_of[-1], "saved_at", "rows", "columns", "size_bytes", "message")}
                 for one in datasets() for all_of in [versions(one)]]
         return Report({"title": "Data sets", **({} if rows else {"summary": "There are none yet; save(data, \"orders\") makes the first."}), "data_sets": rows})
-    rows = [{**row_of(one, "version", "saved_at", "rows", "columns", "added_bytes", "message"), "digest": one.digest[:8]} for one in reversed(versions(name))]
-    return Report({"title": f"Versions of {name}", "versions": rows})
+    rows = [{**row_of(one, "version", "saved_at", "by", "rows", "columns", "added_bytes", "message"), "tags": ", ".join(one.aliases), "digest": one.digest[:8], "commit": one.commit[:8], "run": one.run}
+            for one in reversed(versions(name))]
+    rows = [{key: value for key, value in row.items() if key in ("version", "saved_at", "rows", "added_bytes", "message", "digest") or any(other[key] for other in rows)} for row in rows]
+    there = [] if ":" in name else [{"branch": one, **row_of(head, "version", "saved_at", "rows", "message", "parent")} for one in branches(name) for head in [version(one)]]
+    return Report({"title": f"Versions of {name}", "versions": rows, **({"branches": there} if there else {})})
 
 
 def row_of(one: Version, *names: str) -> dict:
     return {name: getattr(one, name) for name in names}
 
 # %% ../../nbs/data/store.ipynb #d218cc69
-def content(address: str, file: dict) -> bytes:
-    "A file's bytes out of its verified chunks; `Invalid` names data set, version and object."
-    objects = Objects(store() / "objects")
-    pieces = [read_object(objects, digest, owner=f"{address} ({file['path']})") for digest, _ in file["chunks"]]
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+def lay_out(packs: Packs, place: Path, files: list[dict], owner: str) -> None:
+    "Write the files that are missing or changed; remove what does not belong."
+    for file in progress(files, "laying out", unit="file") if len(files) > 100 else files:
+        target = place / file["path"]
+        if file["path"].endswith("/"):
+            target.mkdir(parents=True, exist_ok=True)
+            continue
+        if target.is_file() and digest_of(target) == file["digest"]:
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f".{target.name}.draft")
+        draft.unlink(missing_ok=True)
+        with open(draft, "wb") as out:
+            for digest, _ in file["chunks"]:
+                out.write(packs.read(digest, f"{owner} ({file['path']})"))
+        draft.chmod(0o555 if file["executable"] else 0o444)
+        os.replace(draft, target)
+    listed = {place / file["path"] for file in files}
+    for stray in [path for path in place.rglob("*") if path.is_file() and path not in listed]:
+        stray.unlink()
 
 
-def laid_out(one: Version, files: list[dict]) -> Path:
+def laid_out(one: Version, files: dict, packs: Packs) -> Path:
     "The path of a version's file or folder, laid out anew where it is missing or changed."
-    place = project().state / "checkouts" / one.name / one.digest[:16]
+    place = project().state / "checkouts" / one.name.replace(":", "/") / one.digest[:16]
     with disk_faults(place), locked(place.with_name(f"{place.name}.lock")):
-        for file in files:
-            target = place / file["path"]
-            if file["path"].endswith("/"):
-                target.mkdir(parents=True, exist_ok=True)
-                continue
-            whole = content(one.address, file)
-            if target.is_file() and digest_of(target) == file["digest"]:
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
+        if "schema" not in files:
+            listed = [{**file, "path": f"{one.name.partition(':')[0]}.parquet"} for file in files["files"]] if one.kind == "table" else files["files"]
+            lay_out(packs, place, listed, one.address)
+            return place if one.kind == "folder" else place / listed[0]["path"]
+        from mlops_nb.data.fingerprint import table_digest
+        from mlops_nb.data.stored import read_stored
+        from mlops_nb.data.tables import read_table, write_table
+
+        target = place / f"{one.name.partition(':')[0]}.parquet"
+        try:
+            whole = target.is_file() and table_digest(read_table(target)) == one.digest
+        except Invalid:
+            whole = False
+        if not whole:
+            place.mkdir(parents=True, exist_ok=True)
             draft = target.with_name(f".{target.name}.draft")
             draft.unlink(missing_ok=True)
-            draft.write_bytes(whole)
-            draft.chmod(0o555 if file["executable"] else 0o444)
+            write_table(read_stored(packs, files, one.address), draft)
+            draft.chmod(0o444)
             os.replace(draft, target)
-        listed = {place / file["path"] for file in files}
-        for stray in [path for path in place.rglob("*") if path.is_file() and path not in listed]:
-            stray.unlink()
-    return place if one.kind == "folder" else place / files[0]["path"]
+        return target
 
 # %% ../../nbs/data/store.ipynb #ea608022
 AS = ("", "pandas", "polars", "arrow", "path")
 
 
 def load(
-    address: str,  # such as orders, orders@3 or orders@9f2c41
+    address: str,  # such as orders, orders@3, orders@9f2c41 or orders:no-outliers
     *,
     as_: str = "",  # "pandas", "polars", "arrow" or "path"; empty: what was saved
     columns: list[str] | None = None,  # only these columns of a table
+    where: str = "",  # only rows of a table for which this holds, such as "Quantity > 0 and Country == 'France'"
 ) -> object:
-    "A version exactly as it was saved, every byte verified; `Invalid` names a damaged object."
+    "A version exactly as it was saved, every byte verified; `Invalid` names what is damaged."
     if as_ not in AS:
         raise Invalid(f"as_ = {as_!r} is not known; expected one of pandas, polars, arrow, path, or nothing for what was saved.")
-    one = version(address)
-    files = manifest(one.name, one.version, manifests(one.name)[one.version])["files"]
+    one, packs = version(address), packs_of()
+    files = listing(manifest_of(one), packs)
     as_ = as_ or ("" if one.kind == "table" else "path")
     if as_ == "path":
-        if columns:
-            raise Invalid(f"{one.address} was asked for as a path, which has all its columns; leave columns out or give as_='pandas'.")
-        return laid_out(one, files)
+        if columns or where:
+            raise Invalid(f"{one.address} was asked for as a path, which has all its columns and rows; leave columns out, and where, or give as_='pandas'.")
+        return laid_out(one, files, packs)
     if one.kind == "folder":
         raise Invalid(f"{one.address} is a folder and cannot be loaded as {as_}; leave as_ out and open the files in the path you get.")
-    from mlops_nb.data.tables import read_frame
-    return read_frame(content(one.address, files[0]), files[0]["path"], as_, columns, one.address)
+    from mlops_nb.data.tables import from_table, read_frame
+    if one.kind == "table" or files["files"][0]["path"].endswith(".parquet"):
+        from mlops_nb.data.stored import read_stored
+        return from_table(read_stored(packs, files, one.address, columns, where), as_)
+    if where:
+        raise Invalid(f"{one.address} is a CSV file, whose rows cannot be filtered while it is read; save it as a frame, or filter the frame you get.")
+    return read_frame(Content(packs, files["files"][0], one.address).read(), files["files"][0]["path"], as_, columns, one.address)
 
 # %% ../../nbs/data/store.ipynb #8d51e5f8
 def as_frame(

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'tracking_uri', 'database_of', 'without_password', 'talking', 'in_our_words', 'new_client',
-           'make_database', 'client_of', 'tracking', 'experiment_id', 'follow_move', 'allowed', 'send', 'packaged',
-           'installed', 'signature_of', 'downloaded', 'add_version']
+           'make_database', 'client_of', 'tracking', 'experiment_id', 'follow_move', 'allowed', 'send', 'send_inputs',
+           'inputs_of', 'packaged', 'installed', 'signature_of', 'downloaded', 'add_version']
 
 # %% ../../nbs/model/backend.ipynb #9a27b495
 def tracking_uri(place: Project) -> str:
@@ -191,9 +191,9 @@ def allowed(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
 
 
-def send(client: MlflowClient, run: str, params: Mapping, metrics: Mapping[str, float], data: list[str]) -> None:
+def send(client: MlflowClient, run: str, params: Mapping, metrics: Mapping[str, float]) -> None:
     "Write figures to MLflow, in its portions."
-    from mlflow.entities import Dataset, DatasetInput, Metric, Param
+    from mlflow.entities import Metric, Param
 
     now = int(datetime.now(timezone.utc).timestamp() * 1000)
     entries = [Param(allowed(key), str(value)[:6000]) for key, value in params.items()]
@@ -202,9 +202,28 @@ def send(client: MlflowClient, run: str, params: Mapping, metrics: Mapping[str, 
     values = [Metric(allowed(key), value, now, 0) for key, value in metrics.items()]
     for first in range(0, len(values), 500):
         client.log_batch(run, metrics=values[first : first + 500])
-    sets = [Address.parse(one) for one in data]
-    if sets:
-        client.log_inputs(run, [DatasetInput(Dataset(one.name, one.ref or "latest", "mlops_nb", json.dumps({"address": str(one)}))) for one in sets])
+
+# %% ../../nbs/model/backend.ipynb #d0f0b75c
+def send_inputs(client: MlflowClient, run: str, inputs: Mapping[str, str]) -> None:
+    "Write the data sets that a run used, as address -> digest; what is there already stays."
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    def source(address: str, digest: str) -> str:
+        return json.dumps({"tags": {"mlops.address": address, "mlops.digest": digest}})
+
+    if inputs:
+        client.log_inputs(run, [DatasetInput(Dataset(Address.parse(address).name, digest[:36], "code", source(address, digest)), [InputTag("mlops.address", address)])
+                                for address, digest in inputs.items()])
+
+
+def inputs_of(run: object) -> dict[str, str]:
+    "The data sets that an MLflow run used, as address -> digest; those that other tools wrote are left out."
+    found = {}
+    for one in run.inputs.dataset_inputs if run.inputs else []:
+        address = next((tag.value for tag in one.tags if tag.key == "mlops.address"), "")
+        if address:
+            found[address] = json.loads(one.dataset.source)["tags"]["mlops.digest"]
+    return dict(sorted(found.items()))
 
 # %% ../../nbs/model/backend.ipynb #4ce3c908
 def packaged(

@@ -23,8 +23,9 @@ from ..core.errors import Invalid, NotFound, Unavailable, Untrusted, known
 from ..core.files import digest_of, locked, read_json, timestamp, write_atomic, write_json
 from ..core.report import Noun, Report, plain
 from ..core.settings import Project, project
+from ..data.lineage import used
 from .backend import add_version, database_of, downloaded, packaged, tracking, tracking_uri
-from .tracking import Run, addresses, provenance, recalled, track
+from .tracking import Run, provenance, recalled, track
 from .trust import keep_promise, model_bytes, model_from, reviewed, types_in
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Model(Noun):
     aliases: tuple[str, ...] = ()
     run: str = ""
     kind: str = ""
-    data: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()  # the exact versions it was trained on
+    data_digests: dict = field(default_factory=dict)  # and their digests, by address
     params: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
     created_at: str = ""
@@ -66,7 +68,7 @@ class Model(Noun):
     @property
     def facts(self) -> dict:
         return {"title": f"Model {self.address}", "kind": self.kind, "aliases": list(self.aliases), "created_at": self.created_at, "run": self.run,
-                "digest": self.digest[:12], "data": list(self.data), "metrics": self.metrics, "params": self.params, "inputs": [dict(one) for one in self.inputs]}
+                "digest": self.digest[:12], "data": list(self.data), "data_digests": self.data_digests, "metrics": self.metrics, "params": self.params, "inputs": [dict(one) for one in self.inputs]}
 
     def report(self) -> Report:
         return Report({key: value for key, value in self.facts.items() if value not in ("", [], {})})
@@ -141,10 +143,11 @@ def model_of(row: Mapping, place: Project) -> Model:
     kept = read_json(file) if file.exists() else {}
     if not kept or kept.get("run") != row["run"]:
         tags = row.get("tags", {})
-        return Model(**head, digest=tags.get("mlops.digest", ""), kind=tags.get("mlops.kind", ""), data=tuple(filter(None, tags.get("mlops.data", "").split(", "))))
+        return Model(**head, digest=tags.get("mlops.digest", ""), kind=tags.get("mlops.kind", ""), data=tuple(filter(None, tags.get("mlops.data", "").split(", "))),
+                     data_digests=json.loads(tags.get("mlops.data_digests", "{}")))
     lists = {key: tuple(kept.get(key, ())) for key in ("data", "inputs", "trusted")}
     return Model(**head, **lists, **{key: kept.get(key, "") for key in ("digest", "kind", "by", "commit", "file")},
-                 params=kept.get("params", {}), metrics=kept.get("metrics", {}), example=kept.get("example", {}), ours=True)
+                 data_digests=kept.get("data_digests", {}), params=kept.get("params", {}), metrics=kept.get("metrics", {}), example=kept.get("example", {}), ours=True)
 
 
 def model_versions(name: str) -> list[Model]:
@@ -214,8 +217,7 @@ def as_run(run: Run | str | None, name: str, params: dict | None, metrics: dict 
     if run is None:
         return track(name, params=params, metrics=metrics, data=data)
     run = recalled(run) if isinstance(run, str) else run
-    run.log(params=params, metrics=metrics)
-    return Run(run.id, run.name, run.params, run.metrics, tuple(dict.fromkeys([*run.data, *addresses(data)])))
+    return run.log(params=params, metrics=metrics, data=data)
 
 # %% ../../nbs/model/registry.ipynb #278a9a47
 def checked_alias(alias: str) -> str:
@@ -257,7 +259,7 @@ def register(
     *,
     params: dict[str, str] | None = None,  # how it was trained
     metrics: dict[str, str] | None = None,  # how well it does: numbers
-    data: list[str] | None = None,  # addresses of the data sets it was trained on
+    data: list[str] | None = None,  # addresses of the data sets it was trained on; left out: what its run loaded
     example: pd.DataFrame | None = None,  # a few rows as they will be asked about
     alias: str = "challenger",  # the alias it gets; empty for none
     run: Run | str | None = None,  # the run it came from; a new one when left out
@@ -271,14 +273,17 @@ def register(
     run = as_run(run, name, params, metrics, data)
     source, file, inputs = stored(place, run, name, content, trusted=types, predicts=hasattr(estimator, "predict"), example=example, said=said)
     tags = provenance(place)
-    record = {"name": name, "digest": digest_of(content), "kind": kind_of(estimator), "run": run.id, "file": file, "data": list(run.data),
-              "params": run.params, "metrics": run.metrics, "inputs": inputs, "example": rows_as_json(example), "trusted": types, "created_at": timestamp(),
+    record = {"name": name, "digest": digest_of(content), "kind": kind_of(estimator), "run": run.id, "file": file,
+              "data": list(run.trained_on), "data_digests": run.trained_on, "params": run.params, "metrics": run.metrics, "inputs": inputs, "example": rows_as_json(example), "trusted": types, "created_at": timestamp(),
               "by": tags.get("mlflow.user", ""), "commit": tags.get("mlflow.source.git.commit", "")}
     with changing(place):
-        version = add_version(name, source, run.id, {"mlops.digest": record["digest"], "mlops.kind": record["kind"], "mlops.data": ", ".join(run.data)})
+        version = add_version(name, source, run.id, {"mlops.digest": record["digest"], "mlops.kind": record["kind"], "mlops.data": ", ".join(run.trained_on),
+                                                  "mlops.data_digests": json.dumps(run.trained_on)})
         write_json(record_path(place, name, version), plain({"version": version} | record))
         if alias:
             move_alias(place, name, alias, version)
+    for address, digest in run.trained_on.items():
+        used(address, "model", f"{name}@{version}", run=run.id, digest=digest)
     return pick(Address(name, str(version)), model_versions(name), what="model")
 
 # %% ../../nbs/model/registry.ipynb #e053d2e4
@@ -317,7 +322,7 @@ def adopted(place: Project, found: Model, trust: list[str] | None) -> object:
         kept = write_atomic(place.state / "models" / found.name / f"{digest_of(content)[:16]}.skops", content)
         write_json(record_path(place, found.name, found.version), {
             "name": found.name, "version": found.version, "digest": digest_of(content), "kind": kind_of(estimator), "run": found.run,
-            "file": os.path.relpath(kept, place.folder), "data": list(found.data), "trusted": types_in(content), "created_at": found.created_at})
+            "file": os.path.relpath(kept, place.folder), "data": list(found.data), "data_digests": found.data_digests, "trusted": types_in(content), "created_at": found.created_at})
     return estimator
 
 # %% ../../nbs/model/registry.ipynb #08c1fc32

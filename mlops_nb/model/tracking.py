@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import getpass
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from shutil import which
 
-from ..core.address import Address
 from ..core.errors import Invalid, NotFound
 from ..core.report import Noun, Report, plain
 from ..core.settings import Project, project
 from ..core.step import current_step
-from .backend import experiment_id, send, tracking
+from ..data.lineage import loaded, recording, used
+from ..data.versions import version
+from .backend import experiment_id, inputs_of, send, send_inputs, tracking
 
 # %% auto #0
-__all__ = ['provenance', 'git_is_there', 'figures', 'addresses', 'Run', 'track', 'recalled']
+__all__ = ['provenance', 'git_is_there', 'figures', 'exact', 'Run', 'track', 'recalled']
 
 # %% ../../nbs/model/tracking.ipynb #ce625cf3
 def provenance(place: Project) -> dict[str, str]:
@@ -53,27 +55,50 @@ def figures(metrics: Mapping[str, object] | None) -> dict[str, float]:
     return checked
 
 
-def addresses(data: list[str] | str | None) -> list[str]:
-    "Data-set addresses, checked."
-    return [str(Address.parse(one)) for one in ([data] if isinstance(data, str) else data or [])]
+def exact(data: Iterable[str] | str | None) -> dict[str, str]:
+    "The exact versions that addresses point to now: address -> digest; `NotFound` when there is none."
+    return {one.address: one.digest for one in map(version, [data] if isinstance(data, str) else data or [])}
 
 # %% ../../nbs/model/tracking.ipynb #aa82517c
-@dataclass(frozen=True)
+@dataclass
 class Run(Noun):
     "One training, as MLflow remembers it."
     id: str
     name: str
     params: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
-    data: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()  # what was said to be trained on
+    inputs: dict = field(default_factory=dict)  # all that was used, loaded or said: address -> digest
+    kept: set = field(default_factory=set, repr=False, compare=False)  # those inputs that are written down
+    block: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
 
-    def log(self, *, metrics: dict | None = None, params: dict | None = None) -> Run:
-        "Add figures and parameters."
-        new_metrics, new_params = figures(metrics), plain(params or {})
+    @property
+    def trained_on(self) -> dict[str, str]:
+        "What a model of this run learned from, as address -> digest: what was said; when nothing was, what the run loaded."
+        return {one: self.inputs.get(one, "") for one in self.data or self.inputs}
+
+    def log(self, *, metrics: dict | None = None, params: dict | None = None, data: list[str] | None = None) -> Run:
+        "Add figures, parameters and data sets it was trained on."
+        new_metrics, new_params, new_data = figures(metrics), plain(params or {}), exact(data)
         with tracking() as client:
-            send(client, self.id, new_params, new_metrics, [])
+            send(client, self.id, new_params, new_metrics)
+            if new_data:
+                client.set_tag(self.id, "mlops.data", ", ".join(dict.fromkeys([*self.data, *new_data])))
         self.metrics.update(new_metrics)
         self.params.update(new_params)
+        self.inputs.update(new_data)
+        self.data = tuple(dict.fromkeys([*self.data, *new_data]))
+        return self.keep()
+
+    def keep(self) -> Run:
+        "Write what was used so far to MLflow, and to the data sets' own record."
+        new = {address: digest for address, digest in self.inputs.items() if address not in self.kept}
+        if new:
+            with tracking() as client:
+                send_inputs(client, self.id, new)
+        for address, digest in new.items():
+            used(address, "run", self.name, run=self.id, digest=digest)
+        self.kept.update(new)
         return self
 
     def artifact(self, path: Path | str) -> Run:
@@ -87,17 +112,20 @@ class Run(Noun):
     def __enter__(self) -> Run:
         with tracking() as client:
             client.update_run(self.id, status="RUNNING")
+        self.block.enter_context(recording(self.inputs))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self.block.close()
         with tracking() as client:
             if error is not None:
                 client.set_tag(self.id, "mlops.error", f"{kind.__name__}: {error}"[:5000])
             client.set_terminated(self.id, "FINISHED" if error is None else "FAILED")
+        self.keep()
 
     @property
     def facts(self) -> dict:
-        return {"title": f"Run {self.name}", "run": self.id, "metrics": self.metrics, "params": self.params, "data": list(self.data)}
+        return {"title": f"Run {self.name}", "run": self.id, "metrics": self.metrics, "params": self.params, "data": list(self.inputs)}
 
 # %% ../../nbs/model/tracking.ipynb #4efa640a
 def track(
@@ -110,14 +138,14 @@ def track(
     "Write down a training in MLflow; as a context manager the run lasts as long as the block and fails with it."
     if not name.strip():
         raise Invalid("a run needs a name; expected something like the model's name.")
-    run_params, run_metrics, sets = plain(params or {}), figures(metrics), addresses(data)
+    run_params, run_metrics, said = plain(params or {}), figures(metrics), exact(data)
     place = project()
     with tracking() as client:
-        tags = provenance(place) | ({"mlops.data": ", ".join(sets)} if sets else {})
+        tags = provenance(place) | ({"mlops.data": ", ".join(said)} if said else {})
         run = client.create_run(experiment_id(client, place), run_name=name, tags=tags).info.run_id
-        send(client, run, run_params, run_metrics, sets)
+        send(client, run, run_params, run_metrics)
         client.set_terminated(run, "FINISHED")
-    return Run(run, name, run_params, run_metrics, tuple(sets))
+    return Run(run, name, run_params, run_metrics, tuple(said), said | loaded()).keep()
 
 # %% ../../nbs/model/tracking.ipynb #1f60bca7
 def recalled(
@@ -126,4 +154,5 @@ def recalled(
     "A run that was tracked before, by its id."
     with tracking() as client:
         kept = client.get_run(run)
-    return Run(run, kept.info.run_name or run, dict(kept.data.params), dict(kept.data.metrics), tuple(filter(None, kept.data.tags.get("mlops.data", "").split(", "))))
+    said, inputs = tuple(filter(None, kept.data.tags.get("mlops.data", "").split(", "))), inputs_of(kept)
+    return Run(run, kept.info.run_name or run, dict(kept.data.params), dict(kept.data.metrics), said, inputs, set(inputs))
