@@ -161,10 +161,12 @@ WHOLE = """
 import resource, sys, time, warnings
 warnings.filterwarnings("ignore")
 import pandas as pd
+import pyarrow
 from mlops_nb.data.quality import check
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 import cleanlab.filter, sklearn.ensemble, matplotlib.figure  # libraries are no part of the data's memory
 frame = pd.read_parquet(sys.argv[1])
+pyarrow.default_memory_pool().release_unused()
 size, before = frame.memory_usage(deep=True).sum() / 2**20, int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 2**10
 start, cpu = time.perf_counter(), time.process_time()
 check(frame, target="label")
@@ -238,16 +240,17 @@ def run(frame):
     check.interrogate()
 """
 OURS = """
-from mlops_nb.data.schema import infer
+from mlops_nb.data.schema import Schema
 def prepare(frame):
-    return infer(frame)
+    return Schema.infer(frame)
 def run(frame):
     state.check(frame)
 """
 
 
 def taken(python: str, code: str, *arguments: str) -> list[float]:
-    done = subprocess.run([python, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)} if python == sys.executable else dict(os.environ)
+    done = subprocess.run([python, "-c", code, *arguments], capture_output=True, text=True, cwd=Path(arguments[0]).parent, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}")
     return [float(one) for one in done.stdout.split()]

@@ -4,9 +4,11 @@ import base64
 import datetime as dt
 import json
 import multiprocessing
+import socket
 import struct
 import subprocess
 import sys
+import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -394,13 +396,13 @@ def test_a_place_without_a_table(shop, place, error, said):
     assert not (shop / "nowhere").exists()
 
 
-def test_the_settings_name_a_table(shop, monkeypatch):
+def test_the_settings_name_a_table(shop):
     place = written(shop / "lake", sales())
-    settings = delta.project().settings
-    found = type("P", (), {"settings": type("S", (), {**settings.__dict__, "delta": {"s": "lake"}})(), "path": lambda self, one: shop / one, "folder": shop, "state": shop / ".mlops"})()
-    monkeypatch.setattr(delta, "project", lambda: found)
+    with open(shop / "settings.ini", "a") as settings:
+        settings.write("\n[data.s]\ndelta = lake\n")
     assert delta.table_of("s") == place and delta.tables() == {"s": "lake"}
     assert delta.save(sales(3), "s").version == 1 and len(delta.load("s@0")) == 200
+    assert not (delta.place_of("s") / "delta.json").exists()
 
 
 def test_tags_are_names_of_versions(shop):
@@ -456,23 +458,40 @@ def test_rows_that_spark_deleted_by_a_vector_are_gone(shop):
     assert delta.load("s").equals(sales(3))
 
 
-def test_a_table_in_a_bucket(shop, monkeypatch):
-    """Against a real S3 API server (moto in server mode)."""
-    moto, boto3 = pytest.importorskip("moto.server"), pytest.importorskip("boto3")
-    server = moto.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
+@pytest.fixture
+def bucket(monkeypatch):
+    """A bucket called lake on a real S3 API server (moto in server mode), in a process of its own: deltalake keeps Python's lock while it asks."""
+    pytest.importorskip("moto")
+    boto3 = pytest.importorskip("boto3")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    for name, value in {"AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(name, value)
+    server = subprocess.Popen([sys.executable, "-c", f"from moto.server import main; main(['-p', '{port}'])"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        url = "http://127.0.0.1:{}".format(server.get_host_and_port()[1])
-        for name, value in {"AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}.items():
-            monkeypatch.setenv(name, value)
+        for _ in range(600):
+            with socket.socket() as knock:
+                if knock.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
         boto3.client("s3", endpoint_url=url, region_name="us-east-1").create_bucket(Bucket="lake")
-        frame = FRAMES["categories"]
-        delta.save(frame.iloc[:1], "s", location="s3://lake/sales")
-        delta.save(frame, "s", message="all of it")
-        assert delta.tables() == {"s": "s3://lake/sales"} and [one.rows for one in delta.versions("s")] == [1, 3]
-        pd.testing.assert_frame_equal(delta.load("s"), frame)
-        assert delta.rollback("s@0").rows == 1 and len(delta.load("s@1", where="n == 3")) == 2
-        with pytest.raises(NotFound, match="no version 9"):
-            delta.load("s@9")
+        yield "s3://lake"
     finally:
-        server.stop()
+        server.kill()
+        server.wait()
+
+
+def test_a_table_in_a_bucket(shop, bucket):
+    frame = FRAMES["categories"]
+    delta.save(frame.iloc[:1], "s", location=f"{bucket}/sales")
+    delta.save(frame, "s", message="all of it")
+    assert delta.tables() == {"s": f"{bucket}/sales"} and [one.rows for one in delta.versions("s")] == [1, 3]
+    pd.testing.assert_frame_equal(delta.load("s"), frame)
+    assert delta.rollback("s@0").rows == 1 and len(delta.load("s@1", where="n == 3")) == 2
+    with pytest.raises(NotFound, match="no version 9"):
+        delta.load("s@9")
+    delta.register("other", f"{bucket}/nothing/here")
+    with pytest.raises(NotFound, match="there is no Delta table at s3://lake/nothing/here"):
+        delta.load("other")

@@ -21,7 +21,7 @@ from mlops_nb.data.store import load, log, save
 from mlops_nb.data.versions import version
 from mlops_nb.model.backend import tracking
 from mlops_nb.model.registry import model, promote, register
-from mlops_nb.model.tracking import recalled, track
+from mlops_nb.model.tracking import recalled, track, trained_on
 from models import database, new_shop, shop  # noqa: F401
 
 ENV = {key: value for key, value in os.environ.items() if not key.startswith("MLOPS_")} | {"PYTHONWARNINGS": "ignore"}
@@ -73,7 +73,7 @@ def test_a_run_knows_what_it_loaded_and_mlflow_too(orders):
     expected = {one: version(one).digest for one in ("orders@2", "orders:clean@1")}
     assert run.inputs == expected and made.data_digests == expected == model("buys").data_digests and made.data == tuple(expected)
     assert inputs_in_mlflow(run) == sorted((address.partition("@")[0], digest[:36], address) for address, digest in expected.items())
-    assert recalled(run.id).inputs == expected and recalled(run.id).trained_on == expected
+    assert recalled(run.id).inputs == expected and trained_on(recalled(run.id)) == expected
     assert who("orders@2") == who("orders:clean@1") == [("model", "buys@1"), ("run", "buys")]
     assert load("orders@2") is not None and who("orders@1") == [], "a look outside of a run is no use"
 

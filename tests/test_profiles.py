@@ -20,7 +20,7 @@ from mlops_nb.core.settings import in_project, init
 from mlops_nb.data.profiles import Counts, Distinct, Moments, Quantiles, Repeats, middle_and_scale, mixed, profile, quantile, weighted
 from mlops_nb.data.quality import check
 from mlops_nb.data.scans import streamed_check
-from mlops_nb.data.streams import added_up, on_cluster, parts_of, read_part
+from mlops_nb.data.streams import added_up, larger_than_memory, on_cluster, parts_of, read_part
 
 SMALL = Path(__file__).parent.parent / "examples" / "recommender" / "data" / "online_retail_small.parquet"
 
@@ -243,15 +243,7 @@ def test_every_type_is_checked(shop):
     report = streamed_check(shop / "t.parquet")
     frame = table.to_pandas()
     assert {row["column"]: row["missing"] for row in report.facts["column_by_column"]} == {name: int(frame[name].isna().sum()) for name in frame}
-    assert report.facts["columns"] == table.num_columns and json_of(report)
-
-
-def json_of(report):
-    return report.json() if hasattr(report, "json") else str(report)
-
-
-def comparable(report, **but):
-    return {key: value for key, value in report.facts.items() if key not in ("title", "findings", *but)}, findings(report)
+    assert report.facts["columns"] == table.num_columns and str(report) and report.save(shop / "t.json").exists()
 
 
 def test_a_file_a_folder_and_batches_give_the_same(shop):
@@ -379,3 +371,15 @@ def test_a_cluster_without_dask_says_what_to_install(shop, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(Unavailable, match=r"pip install 'mlops_nb\[dask\]'"):
         streamed_check(SMALL)
+
+
+def test_what_is_streamed_and_what_is_loaded(shop):
+    file = shop / "a.parquet"
+    pq.write_table(pa.table({"a": pa.array(np.zeros(100_000)), "b": pa.array(["x"] * 100_000)}), file)  # a few kB packed, some 4 MB as a frame
+    (shop / "csv").mkdir()
+    (shop / "csv" / "a.csv").write_text("a\n1\n")
+    assert larger_than_memory(shop, free=2**40) and larger_than_memory(str(file), free=8_000_000)
+    for data in (file, str(file)):
+        assert not larger_than_memory(data, free=20_000_000)
+    for data in (shop / "csv", shop / "csv" / "a.csv", "orders@3", pd.DataFrame({"a": [1]}), shop / "nowhere.parquet"):
+        assert not larger_than_memory(data, free=1)

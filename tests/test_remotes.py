@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 
 from mlops_nb.core.errors import Conflict, Invalid, MlopsError, NotFound, Unavailable
 from mlops_nb.core.files import digest_of, write_atomic
-from mlops_nb.core.settings import in_project, init
+from mlops_nb.core.settings import DataSection, in_project, init
 from mlops_nb.data import remotes, transfer
 from mlops_nb.data.branches import merge, tag
 from mlops_nb.data.remotes import Line, pull, push
@@ -511,7 +512,6 @@ def test_tags_travel_and_those_that_differ_are_kept_and_said(kind, at, people, m
         if kind == "s3":
             monkeypatch.setattr(transfer.Remote, "read", read)
         push(to=url)
-        monkeypatch.undo() if False else None
         there = json.loads(real(remote_at(url), "datasets/orders/tags.json"))
         assert there == {"audit": 1, "ben": 2, "ann": 2, **({"late": 1} if kind == "s3" else {})}
 
@@ -538,7 +538,6 @@ def test_a_server_that_dies_in_the_middle(at, people, tmp_path, monkeypatch):
     def put(self, path, content, **more):
         count.append(path)
         if len(count) > 3:
-            monkeypatch.setenv("AWS_ENDPOINT_URL", "")
             raise ConnectionResetError("connection reset by peer")
         return real(self, path, content, **more)
 
@@ -546,10 +545,8 @@ def test_a_server_that_dies_in_the_middle(at, people, tmp_path, monkeypatch):
         save(table(1, 60_000), "orders")
         with monkeypatch.context() as patch:
             patch.setattr(transfer.Remote, "put", put)
-            endpoint = os.environ["AWS_ENDPOINT_URL"]
             with pytest.raises(Unavailable, match="does not answer .*reset by peer"):
                 push(to=url)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         push(to=url)
     everything(url, tmp_path / "check")
 
@@ -631,6 +628,69 @@ def test_a_full_disk_leaves_the_store_good(at, people, monkeypatch):
         assert not manifests("orders")
         pd.testing.assert_frame_equal(load("other"), table(2))
         pull(from_=url)
+        pd.testing.assert_frame_equal(load("orders"), table(1))
+
+
+def test_a_branch_of_ones_own_called_remote_travels(at, people):
+    url = at("memory")
+    with in_project(people("ann")):
+        save(table(1), "orders")
+        save(table(2), "orders:remote")
+        push(to=url)
+    with in_project(people("ben")):
+        pull(from_=url)
+        pd.testing.assert_frame_equal(load("orders:remote"), table(2))
+
+
+def test_a_remote_cannot_make_us_write_outside(at, people, tmp_path):
+    url, folder = at("memory"), tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    with in_project(people("ann")):
+        with monkeypaths("../../../../escaped.txt"):
+            save(folder, "pictures")
+        push(to=url)
+    with in_project(people("ben")):
+        with pytest.raises(Invalid, match="names a file '../../../../escaped.txt', which is outside of it"):
+            pull(from_=url)
+        assert not manifests("pictures")
+
+
+@contextmanager
+def monkeypaths(path: str):
+    """Whoever saves here gives his file this path."""
+    from mlops_nb.data import chunks
+
+    real = chunks.entry_of
+    chunks.entry_of = lambda name, facts, mode: real(path, facts, mode)
+    try:
+        yield
+    finally:
+        chunks.entry_of = real
+
+
+def test_a_damaged_cache_is_read_anew(at, people, tmp_path):
+    url = at("memory")
+    with in_project(people("ann")):
+        save(table(1), "orders")
+        push(to=url)
+        push(to=url)
+        cached, = (people("ann") / ".mlops" / "cache" / "indexes").glob("*.pack")
+        cached.write_bytes(cached.read_bytes()[:-5] + b"junk!")
+        report = push("orders@1", to=url)
+        assert report.facts["bytes"] == 0 and "notes" not in report.facts
+
+
+@pytest.mark.skipif("remote" not in DataSection.model_fields, reason="core/settings has no [data] remote yet")
+def test_the_remote_of_the_settings(people, tmp_path):
+    for name in ("ann", "ben"):
+        write_atomic(people(name) / "settings.ini", "[project]\nname = shop\n[data]\nremote = ../shared\n")
+    with in_project(people("ann")):
+        save(table(1), "orders")
+        push()
+    assert (tmp_path / "shared" / "datasets" / "orders" / "1.json").is_file(), "relative to the project, whatever the working directory is"
+    with in_project(people("ben")):
+        pull()
         pd.testing.assert_frame_equal(load("orders"), table(1))
 
 

@@ -12,7 +12,7 @@ from ..core.errors import Conflict, Invalid, NotFound
 from ..core.files import disk_faults, timestamp, write_json
 from ..core.report import Report
 from .store import load, put_frame
-from .versions import Version, commit, manifest_of, place_of, store, store_lock, tags, version, versions
+from .versions import Version, commit, delta_table, manifest_of, place_of, store, store_lock, tags, version, versions
 
 # %% auto #0
 __all__ = ['tag', 'again', 'rollback', 'common', 'merge', 'stored', 'drop']
@@ -48,6 +48,9 @@ def rollback(
     wanted = Address.parse(address)
     if wanted.ref is None:
         raise Invalid(f"rollback needs the version to go back to, such as {address}@1; see log({address!r}).")
+    if delta_table(wanted.name):
+        from mlops_nb.data import delta
+        return delta.rollback(address, message=message)
     one = version(address)
     return again(one, one.name, message or f"back to {one.address}")
 

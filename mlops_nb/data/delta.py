@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 def tables() -> dict[str, str]:
     "The data sets that are Delta tables, and where they lie: a URL, or a path from the project's folder."
     noted = {file.parent.name: read_json(file)["location"] for file in (store() / "datasets").glob("*/delta.json")}
-    return dict(sorted({**noted, **getattr(project().settings, "delta", {})}.items()))
+    return dict(sorted({**noted, **project().settings.delta}.items()))
 
 
 def table_of(
@@ -45,7 +46,7 @@ def table_of(
     "Where the Delta table is that a data set stands for; None when it is no Delta table."
     main, _, branch = name.partition(":")
     file = store() / "datasets" / main / "delta.json"
-    location = getattr(project().settings, "delta", {}).get(main) or (read_json(file)["location"] if file.exists() else None)
+    location = project().settings.delta.get(main) or (read_json(file)["location"] if file.exists() else None)
     if location and branch:
         raise Invalid(f"{main} is a Delta table, which has no branches; save {name!r} under a name of its own.")
     return location and absolute(location)
@@ -90,7 +91,8 @@ def faults(
         with disk_faults(place):
             yield
     except (CommitFailedError, DeltaError, OSError, pa.ArrowException) as error:
-        first = str(error).splitlines()[0].rstrip(".: ")
+        lines = [re.sub(r"\x1b\[\d+m|↳", "", line).strip(" .:") for line in (str(error).strip() or type(error).__name__).splitlines()]
+        first = ", ".join(dict.fromkeys([lines[0], lines[-1]])) if isinstance(error, OSError) else lines[0]
         if isinstance(error, CommitFailedError) or "already exists" in first:
             raise Conflict(f"somebody else wrote to the Delta table {name} in the meantime; look at its newest version and save again.") from error
         if isinstance(error, TableNotFoundError):
@@ -342,7 +344,7 @@ def source_of(table: DeltaTable) -> Dataset:
         found = pa.table(QueryBuilder().register("it", table).execute("select * from it").read_all())
         return dataset(pa.table([column.cast(held_type(column.type)) for column in found.columns], found.column_names))
 
-
+# %% ../../nbs/data/delta.ipynb #96030f85
 def load(
     address: str,  # such as orders, orders@3 or orders@9f2c41
     *,

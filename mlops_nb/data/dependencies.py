@@ -61,7 +61,7 @@ def strength(determinant: np.ndarray, dependent: np.ndarray) -> float:
     return max(0.0, 1 - (1 - given) / (1 - alone) * (n - 1) / (n - n_groups)) if alone < 1 else 0.0
 
 # %% ../../nbs/data/dependencies.ipynb #33246f47
-STRONG, SAMPLED_ROWS, MOST_COLUMNS = 0.8, 20_000, 40
+STRONG, SAMPLED_ROWS, MOST_COLUMNS = 0.8, 10_000, 40
 
 
 @dataclass(frozen=True)

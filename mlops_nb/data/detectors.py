@@ -39,7 +39,7 @@ def kind_of(values: pd.Series) -> str:
              "datetime64": "time", "datetime": "time", "date": "time", "mixed": "mixed", "mixed-integer": "mixed"}
     return kinds.get(types.infer_dtype(values, skipna=True), "other")
 
-
+# %% ../../nbs/data/detectors.ipynb #a35fe613
 @dataclass(frozen=True)
 class Column:
     "One column of a frame with what every detector asks for."
@@ -84,7 +84,7 @@ class Column:
         for name in ("counts", "numbers", "far", "missing"):
             self.__dict__.pop(name, None)
 
-
+# %% ../../nbs/data/detectors.ipynb #1c8ab507
 def columns_of(frame: pd.DataFrame) -> list[Column]:
     "The columns of a frame by position, under names that are unique text."
     from mlops_nb.data.tables import physical_names

@@ -129,7 +129,7 @@ def filtered(table: pa.Table, condition: pc.Expression | None, names: list[str] 
     index = facts.get("index", {})
     if "range" in index and len(range(*index["range"])) != table.num_rows:
         index["range"] = [0, table.num_rows, 1]
-    elif index.get("freq") and condition is not None and table.num_rows != before:
+    elif index.get("freq") and table.num_rows != before:
         index["freq"] = None
     else:
         return table

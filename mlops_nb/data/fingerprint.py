@@ -173,7 +173,7 @@ def table_digest(
         for chunk in column.chunks:
             feed(chunk, str(i), seen)
     facts = [("rows", table.num_rows), *((field.name, str(field.type), field.nullable) for field in table.schema),
-             *sorted((table.schema.metadata or {}).items()), *sorted((path, value if isinstance(value, int) else value.hexdigest()) for path, value in seen.items())]
+             *sorted((table.schema.metadata or {}).items()), *sorted((path, value if isinstance(value, int) else value.hexdigest()) for path, value in seen.items() if value)]
     return blake3(repr(facts).encode()).hexdigest()
 
 # %% ../../nbs/data/fingerprint.ipynb #0df6a18d

@@ -76,7 +76,8 @@ def append(file: Path, entry: dict) -> None:
     "Add one line, whole and durable; the texts in it are cut when it would be too long."
     line = f"\n{json.dumps(entry, ensure_ascii=False)}".encode(errors="replace")
     if len(line) >= SPACE:
-        line = f"\n{json.dumps({key: value[:100] if isinstance(value, str) else value for key, value in entry.items()})}".encode()
+        short = {key: value if key in ("data", "digest") else value[:100] for key, value in entry.items()}
+        line = f"\n{json.dumps(short)}".encode()
     with disk_faults(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

@@ -181,7 +181,7 @@ class Distinct:
         return round((self.kept - 1) / (float(self.hashes[-1]) / 2**64)) if self.over else len(self.hashes)
 
 # %% ../../nbs/data/profiles.ipynb #d3b70c82
-ROWS_KEPT = 2**24
+ROWS_KEPT = 2**22
 
 
 @dataclass(frozen=True)
@@ -205,9 +205,12 @@ class Repeats:
         both = keys[1:][same]
         if len(both):
             keys = keys[np.concatenate([[True], ~same])]
-        again, times = counted(np.concatenate([self.again, other.again, both]), np.concatenate([self.times, other.times, np.ones(len(both), np.int64)]))
         over = self.seen.over or other.seen.over or len(keys) > self.seen.kept
-        return Repeats(Distinct(keys[:self.seen.kept].copy() if over else keys, over, self.seen.kept), again, times).cut()
+        keys = keys[:self.seen.kept].copy() if over else keys
+        again = [(hashes, times, np.searchsorted(hashes, keys[-1], side="right") if over else len(hashes))
+                 for hashes, times in ((self.again, self.times), (other.again, other.times), (both, np.ones(len(both), np.int64)))]
+        found = counted(np.concatenate([hashes[:n] for hashes, _, n in again]), np.concatenate([times[:n] for _, times, n in again]))
+        return Repeats(Distinct(keys, over, self.seen.kept), *found)
 
     def cut(self) -> Repeats:
         if not self.seen.over:

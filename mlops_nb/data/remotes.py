@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from functools import cached_property
+from pathlib import PurePosixPath
 
 from ..core.address import NAME, Address, pick
 from ..core.errors import Conflict, Invalid, NotFound, known
@@ -15,13 +17,13 @@ from ..core.files import disk_faults, write_atomic, write_json
 from ..core.report import Report
 from .packs import Packs, writing
 from .transfer import Remote, fetch, in_parallel, known_packs, reaching, remote_at, send
-from .versions import (FORMAT, branches, chunks_of, content_digest, datasets, manifest, manifests, packs_of, place_of, seal, store, store_lock,
+from .versions import (FORMAT, branches, chunks_of, content_digest, datasets, listing, manifest, manifests, newest, packs_of, place_of, seal, store, store_lock,
                                     tags, version, version_of)
 
 # %% auto #0
-__all__ = ['LINE', 'folder_of', 'aside', 'lines_there', 'lines_here', 'sound', 'Line', 'compared', 'tags_there', 'tags_differ',
-           'push_tags', 'pull_tags', 'split', 'create', 'push', 'told', 'numbers_of', 'bring', 'keep', 'put_aside',
-           'pull']
+__all__ = ['LINE', 'folder_of', 'aside', 'lines_there', 'lines_here', 'sound', 'inside', 'Line', 'compared', 'tags_there',
+           'tags_differ', 'push_tags', 'pull_tags', 'split', 'create', 'push', 'told', 'numbers_of', 'bring', 'keep',
+           'put_aside', 'coming', 'harm', 'pull']
 
 # %% ../../nbs/data/remotes.ipynb #05862f24
 LINE = re.compile(rf"datasets/({NAME.pattern})(?:/branches/({NAME.pattern}))?/(\d+)\.json")
@@ -57,7 +59,7 @@ def lines_here(name: str) -> list[str]:
     if name:
         version(name)
     all_of = [line for one in ([name] if name else datasets()) for line in (one, *branches(one))]
-    return [line for line in all_of if line not in {aside(one) for one in all_of}]
+    return [line for line in all_of if "remote" not in ((newest(line) or {}).get("origin") or {})]
 
 # %% ../../nbs/data/remotes.ipynb #deb281b9
 def sound(content: bytes, line: str, number: int, where: str) -> dict:
@@ -75,6 +77,13 @@ def sound(content: bytes, line: str, number: int, where: str) -> dict:
     return facts
 
 
+def inside(paths: Iterable[str], owner: str) -> None:
+    "`Invalid` when a list of files that came from elsewhere names one outside its folder."
+    for path in paths:
+        if ".." in PurePosixPath(path).parts or path.startswith("/") or "\\" in path or ":" in path[:2]:
+            raise Invalid(f"{owner} names a file {path!r}, which is outside of it; nothing of it was saved.")
+
+# %% ../../nbs/data/remotes.ipynb #530da6ef
 class Line:
     "A data set or a branch, here and there."
 
@@ -190,7 +199,7 @@ def create(line: Line, number: int) -> bool:
     line.read[number] = line.remote.read(path)  # also for remotes that cannot create exclusively: whoever wrote last is there
     return line.same(number)
 
-
+# %% ../../nbs/data/remotes.ipynb #67d55232
 def push(
     name: str = "",  # a data set with its branches, one branch (orders:trial) or one version and those before it (orders@3); empty: all
     *,
@@ -264,20 +273,22 @@ def bring(remote: Remote, packs: Packs, found: list[tuple[str, dict]], mend: boo
     return total, {address: (len(one), bad[one[0]]) for address, one in hurt.items() if one}
 
 # %% ../../nbs/data/remotes.ipynb #800bd481
-def keep(line: str, number: int, content: bytes, facts: dict) -> None:
-    "Make a pulled version appear in the store; `Conflict` when another has its number."
-    packs = packs_of()
+def keep(line: str, number: int, content: bytes, facts: dict) -> bool:
+    "Make a pulled version appear in the store; False when it is here, `Conflict` when another has its number."
+    packs, place = packs_of(), place_of(line) / f"{number}.json"
     with disk_faults(store()), store_lock("pull"):
         if packs.lacks(chunks_of(facts, packs)):
             raise Conflict(f"the data store was cleaned up while {line} was being pulled; pull it again.")
-        place = place_of(line) / f"{number}.json"
+        inside((file["path"] for file in listing(facts, packs)["files"]), f"{line}@{number}")
         try:
-            other = manifest(line, number, place)["digest"] if place.exists() else facts["digest"]
-        except Invalid:  # damaged: mended by what was pulled
-            other = facts["digest"]
-        if other != facts["digest"]:
-            raise Conflict(f"{line}@{number} is another version here than the one to be pulled; nothing was changed; " + (f"drop({line!r}) and pull again." if "remote" in line else "pull again."))
+            if place.exists() and manifest(line, number, place)["digest"] == facts["digest"]:
+                return False
+            if place.exists():
+                raise Conflict(f"{line}@{number} is another version here than the one to be pulled, and was left alone; " + (f"drop({line!r}) and pull again." if ":" in line else "pull again."))
+        except Invalid:  # a damaged manifest: mended by the one that was pulled
+            pass
         write_atomic(place, content)
+        return True
 
 
 def put_aside(line: Line, number: int) -> tuple[bytes, dict]:
@@ -289,40 +300,44 @@ def put_aside(line: Line, number: int) -> tuple[bytes, dict]:
     return (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode(), facts
 
 
+def coming(line: Line, address: str) -> list[tuple[str, int, bytes, dict]]:
+    "The versions to bring: where each goes, its number, and its manifest as it is and read."
+    found = []
+    for number in sorted(numbers_of(line, address)):
+        if number in line.unmerged:
+            found.append((aside(line.name), number, *put_aside(line, number)))
+        elif line.fits(number, line.mine) or "@" in address and line.same(number):
+            found.append((line.name, number, line.content(number), line.there(number)))
+    return found
+
+# %% ../../nbs/data/remotes.ipynb #61f87173
+def harm(remote: Remote, hurt: dict[str, tuple[int, str]]) -> str:
+    rows = [f"{address} cannot be pulled: {count} of its chunks " + (f"are damaged at {remote.url}, one in packs/{pack}" if pack else f"are missing at {remote.url}")
+            for address, (count, pack) in hurt.items()]
+    return "; ".join(rows) + f"; nothing of {'it' if len(hurt) == 1 else 'them'} was saved. Remove that pack there, and push the same version by its number from a store that has it whole."
+
+
 def pull(
     name: str = "",  # a data set with its branches, one branch (orders:trial) or one version (orders@3); empty: all
     *,
     from_: str = "",  # a URL or folder; empty: [data] remote
 ) -> Report:
     "Bring the remote's versions here; what was saved here stays, and where both went on theirs are put aside as a branch."
-    remote, packs, found = remote_at(from_), packs_of(), []
+    remote, packs, moved = remote_at(from_), packs_of(), []
     with reaching(remote.url, remote.scheme):
         there = lines_there(remote, name)
         if not there and name:
             raise NotFound(f"{remote.url} has no data set {name!r}; {known(name, lines_there(remote, ''))}")
         lines = compared(remote, there)
-        for line in lines:
-            wanted = numbers_of(line, name)
-            for number in sorted(wanted):
-                if number in line.unmerged:
-                    found.append((line, aside(line.name), number, *put_aside(line, number)))
-                elif line.fits(number, line.mine) or "@" in name and line.same(number):
-                    found.append((line, line.name, number, line.content(number), line.there(number)))
+        found = [(line, *one) for line in lines for one in coming(line, name)]
         size, hurt = bring(remote, packs, [(f"{to}@{number}", facts) for _, to, number, _, facts in found], "@" in name)
-        moved, notes = [], []
         for line, to, number, content, facts in found:
-            if f"{to}@{number}" in hurt or to == line.name and number in line.mine:
-                continue
-            if number not in manifests(to) or to == line.name:
-                keep(to, number, content, facts)
+            if f"{to}@{number}" not in hurt and keep(to, number, content, facts):
                 moved.append((to, facts))
-            if to == line.name:
-                line.mine[number] = facts
+                line.mine |= {number: facts} if to == line.name else {}
         notes = [note for line in lines for note in pull_tags(line)]
     notes += [f"{line.name} has changed here and there since {line.name}@{line.base}: theirs is {aside(line.name)} now; merge({aside(line.name)!r}) joins the two"
               for line in lines if any(to == aside(line.name) for one, to, *_ in found if one is line)]
     if hurt:
-        raise Invalid("; ".join(f"{address} cannot be pulled: {count} of its chunks " + (f"are damaged at {remote.url}, one in packs/{pack}" if pack else f"are missing at {remote.url}")
-                                for address, (count, pack) in hurt.items())
-                      + f"; nothing of {'it' if len(hurt) == 1 else 'them'} was saved. Remove that pack there, and push the same version by its number from a store that has it whole.")
+        raise Invalid(harm(remote, hurt))
     return told("Pulled from", remote, moved, size, notes=notes)

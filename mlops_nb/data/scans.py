@@ -224,7 +224,7 @@ def outlier_plot(profiles: Sequence[Profile], numbers: list[dict]) -> dict | Non
     edges = np.linspace(low, high, BINS + 1) if low < high else np.linspace(low - 0.5, low + 0.5, BINS + 1)
     upto = share_below(*weighted(next(one.quantiles for one in profiles if one.name == worst["column"])), edges)
     return {"plot": "histogram", "title": f"{worst['column']}: beyond {low:.3g} and {high:.3g} counted in the outermost bars (it goes from {worst['min']:,.4g} to {worst['max']:,.4g})",
-                "x": edges.tolist(), "y": {"share": np.diff([0.0, *upto[1:-1], 1.0]).tolist()}, "x_label": worst["column"], "y_label": "share of rows"}
+            "x": edges.tolist(), "y": {"share": np.diff([0.0, *upto[1:-1], 1.0]).tolist()}, "x_label": worst["column"], "y_label": "share of rows"}
 
 # %% ../../nbs/data/scans.ipynb #87ade088
 def findings_of(names: Mapping[int, str], asked: list[tuple[Question, Answer]], rows: int) -> list[dict]:

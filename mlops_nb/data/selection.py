@@ -69,7 +69,7 @@ SAMPLE = 1 << 14
 
 
 def telling_columns(table: pa.Table, names: list[str]) -> list[str]:
-    "Columns that together tell nearly all sampled rows apart, cheap ones first; those that hardly add to it are left out."
+    "Columns that together tell nearly all sampled rows apart, cheap ones first; those that add nothing are left out."
     import numpy as np
     import pyarrow as pa
 
@@ -81,7 +81,7 @@ def telling_columns(table: pa.Table, names: list[str]) -> list[str]:
     chosen, keys, best = [], np.zeros(len(rows), np.uint64), 1
     for name in sorted(names, key=lambda name: (dear[name], -apart[name])):
         both = row_keys(pa.array(single[name]), keys.copy())
-        if (count := len(np.unique(both))) > best * 1.001:
+        if (count := len(np.unique(both))) > best:
             chosen, keys, best = [*chosen, name], both, count
         if best == len(rows):
             break

@@ -16,17 +16,20 @@ from ..core.progress import progress
 from ..core.report import Report
 from ..core.settings import project
 from .chunks import Content, Memory, entry_of, put_file, put_folder
+from .lineage import noted
 from .packs import Packs, writing
-from .versions import (Version, branches, chunks_of, commit, content_digest, datasets, listing, manifest_of, manifests, newest, packs_of, put_listing,
+from .versions import (Version, branches, chunks_of, commit, content_digest, datasets, delta_table, listing, manifest_of, manifests, newest, packs_of, put_listing,
                                     store, version, versions)
 
 # %% auto #0
-__all__ = ['AS', 'put_path', 'base_of', 'sound_listing', 'twin', 'put_frame', 'save', 'log', 'row_of', 'lay_out', 'laid_out',
-           'load', 'as_frame']
+__all__ = ['AS', 'put_path', 'base_of', 'sound_listing', 'twin', 'put_frame', 'save', 'kept_rules', 'log', 'row_of', 'lay_out',
+           'laid_out', 'load', 'as_frame']
 
 # %% ../../nbs/data/store.ipynb #30679cbf
 if TYPE_CHECKING:
     import pandas as pd
+
+    from mlops_nb.data.schema import Schema
 
 # %% ../../nbs/data/store.ipynb #43bdfd17
 def put_path(path: Path) -> dict:
@@ -102,20 +105,48 @@ def save(
     *,
     message: str = "",  # what changed, for the log
     key: str = "",  # column(s) that identify a row, separated by commas
+    schema: str | Schema = "",  # what the data must look like: a Schema, or the path of a JSON Schema; kept for later saves
+    backend: str = "",  # "delta" keeps the data set as a Delta Lake table
 ) -> Version:
     "Keep data as the next version of a data set; when nothing changed, the version it already is."
     name = bare_name(name, what="data set", branches=True)
+    if backend not in ("", "delta"):
+        raise Invalid(f"backend = {backend!r} is not known; expected delta, or nothing for the data store.")
+    if backend == "delta" or delta_table(name):
+        from mlops_nb.data import delta
+        kept_rules(data, name, schema, None)
+        return delta.save(data, name, message=message, key=key)
     base = base_of(name)
+    rules = kept_rules(data, name, schema, base)
     with disk_faults(store()):
         facts = put_path(Path(data).expanduser()) if isinstance(data, (str, os.PathLike)) else put_frame(data, name, key)
     start = f"{base['name']}@{base['version']}" if base and base["name"] != name else ""
-    return commit(name, facts, message=message, key=key or (base or {}).get("key", ""), parent=start)
+    return commit(name, facts, message=message, key=key or (base or {}).get("key", ""), parent=start, **({"schema": rules} if rules else {}))
+
+
+def kept_rules(data: object, name: str, schema: str | Schema, base: dict | None) -> dict | None:
+    "The schema that a version is saved with, its own or the one before, once the data satisfy it."
+    if not schema and not (base or {}).get("schema"):
+        return None
+    from mlops_nb.data.schema import Schema
+    rules = Schema.from_dict(base["schema"]) if not schema else Schema.from_json_schema(schema) if isinstance(schema, str) else schema
+    if isinstance(data, (str, os.PathLike)) and Path(data).is_dir():
+        raise Invalid(f"{name} has a schema, which a folder cannot satisfy; save a frame, a .parquet or a .csv file.")
+    rules.enforce(as_frame(data)[0], name)
+    return rules.to_dict()
 
 # %% ../../nbs/data/store.ipynb #9933230a
 def log(
     name: str = "",  # the data set; empty lists all data sets
+    *,
+    used_by: bool = False,  # which models and runs used it; then a version such as orders@3 may be given
 ) -> Report:
-    "What was saved, newest first: rows, columns, bytes added, message and digest."
+    "What was saved, newest first: who, when, why, rows, columns, bytes added, digest; or who used it."
+    if used_by:
+        from mlops_nb.data import lineage
+        return lineage.used_by(name)
+    if "@" in name:
+        return version(name).report()
     if not name:
         rows = [{"data_set": one, "versions": len(all_of), **row_of(all_of[-1], "saved_at", "rows", "columns", "size_bytes", "message")}
                 for one in datasets() for all_of in [versions(one)]]
@@ -194,6 +225,10 @@ def load(
     if as_ not in AS:
         raise Invalid(f"as_ = {as_!r} is not known; expected one of pandas, polars, arrow, path, or nothing for what was saved.")
     one, packs = version(address), packs_of()
+    noted(one)
+    if delta_table(one.name):
+        from mlops_nb.data import delta
+        return delta.load(one.address, as_=as_, columns=columns, where=where)
     files = listing(manifest_of(one), packs)
     as_ = as_ or ("" if one.kind == "table" else "path")
     if as_ == "path":

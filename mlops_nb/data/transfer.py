@@ -136,7 +136,7 @@ def remote_at(
     url: str = "",  # such as s3://bucket/folder, gs://, abfs://, file://, memory:// or a folder; empty: [data] remote
 ) -> Remote:
     "The remote at a URL; `Invalid` when there is none, `Unavailable` when its driver is not installed."
-    place = url or getattr(project().settings.data, "remote", "")
+    place = url or project().settings.data.remote
     if not place:
         raise Invalid("there is no remote; set [data] remote in settings.ini to a URL such as s3://bucket/folder or to a folder.")
     scheme, there, _ = place.partition("://")
@@ -209,10 +209,9 @@ def known_packs(remote: Remote) -> tuple[Packs, list[str]]:
             return pack
         return ""
 
-    fresh = sorted(set(sizes) - {path.name for path in cache.glob("*.pack")})
-    damaged = {pack for pack in in_parallel(learn, fresh) if pack}
-    damaged |= {pack for pack in set(sizes) - damaged if promised(sound_index(cache / pack)) != sizes[pack]}
-    return Packs(cache, without=[path for path in cache.glob("*.pack") if path.name not in sizes or path.name in damaged]), sorted(damaged)
+    fresh = sorted(pack for pack in sizes if not (cache / pack).is_file() or promised(sound_index(cache / pack)) != sizes[pack])
+    damaged = sorted(pack for pack in in_parallel(learn, fresh) if pack)
+    return Packs(cache, without=[path for path in cache.glob("*.pack") if path.name not in sizes or path.name in damaged]), damaged
 
 # %% ../../nbs/data/transfer.ipynb #505f51d9
 SENT_BYTES = 32 << 20

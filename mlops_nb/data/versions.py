@@ -23,9 +23,9 @@ from .chunks import Content, put_bytes
 from .packs import Packs, Writer
 
 # %% auto #0
-__all__ = ['FORMAT', 'Version', 'store', 'packs_of', 'place_of', 'manifests', 'branches', 'datasets', 'seal', 'content_digest',
-           'manifest', 'manifest_of', 'listing', 'put_listing', 'chunks_of', 'user', 'git_commit', 'circumstances',
-           'tags', 'version_of', 'newest', 'store_lock', 'commit', 'versions', 'version']
+__all__ = ['FORMAT', 'Version', 'store', 'packs_of', 'place_of', 'manifests', 'branches', 'delta_table', 'datasets', 'seal',
+           'content_digest', 'manifest', 'manifest_of', 'listing', 'put_listing', 'chunks_of', 'user', 'git_commit',
+           'circumstances', 'tags', 'version_of', 'newest', 'store_lock', 'commit', 'versions', 'version']
 
 # %% ../../nbs/data/versions.ipynb #89bb2ad7
 @dataclass(frozen=True)
@@ -100,10 +100,16 @@ def branches(name: str) -> list[str]:
     return sorted(one for branch in os.listdir(folder) if manifests(one := f"{name}:{branch}")) if folder.is_dir() else []
 
 
+def delta_table(name: str) -> bool:
+    "Whether a data set is a Delta Lake table, whose versions are the table's own."
+    return name.partition(":")[0] in project().settings.delta or (place_of(name.partition(":")[0]) / "delta.json").exists()
+
+
 def datasets() -> list[str]:
     "The names of the data sets that have a version."
     folder = store() / "datasets"
-    return sorted(name for name in os.listdir(folder) if not name.startswith(".") and manifests(name)) if folder.is_dir() else []
+    here = [name for name in os.listdir(folder) if not name.startswith(".") and (manifests(name) or delta_table(name))] if folder.is_dir() else []
+    return sorted({*here, *project().settings.delta})
 
 # %% ../../nbs/data/versions.ipynb #a7d61f8f
 def seal(facts: dict) -> str:
@@ -234,6 +240,9 @@ def versions(
 ) -> list[Version]:
     "All versions of a data set, oldest first; `NotFound` names the data sets there are."
     name = bare_name(name, what="data set", branches=True)
+    if delta_table(name):
+        from mlops_nb.data import delta
+        return delta.versions(name)
     if not (there := manifests(name)):
         if ":" in name and manifests(main := name.partition(":")[0]):
             raise NotFound(f"{main!r} has no branch {name!r}; {known(name, branches(main))}")
@@ -247,6 +256,9 @@ def version(
 ) -> Version:
     "The version that an address points to; a damaged manifest beside it does no harm."
     wanted = Address.parse(address)
+    if delta_table(wanted.name):
+        from mlops_nb.data import delta
+        return delta.version(address)
     there = manifests(wanted.name)
     number = max(there, default=0) if wanted.ref is None else wanted.version
     if number is None:

@@ -25,7 +25,7 @@ from ..core.report import Noun, Report, plain
 from ..core.settings import Project, project
 from ..data.lineage import used
 from .backend import add_version, database_of, downloaded, packaged, tracking, tracking_uri
-from .tracking import Run, provenance, recalled, track
+from .tracking import Run, provenance, recalled, track, trained_on
 from .trust import keep_promise, model_bytes, model_from, reviewed, types_in
 
 if TYPE_CHECKING:
@@ -271,18 +271,19 @@ def register(
     content, types = model_bytes(estimator, trust=trust)
     said = None if example is None else keep_promise(estimator, content, types, example)
     run = as_run(run, name, params, metrics, data)
+    learned = trained_on(run)
     source, file, inputs = stored(place, run, name, content, trusted=types, predicts=hasattr(estimator, "predict"), example=example, said=said)
     tags = provenance(place)
     record = {"name": name, "digest": digest_of(content), "kind": kind_of(estimator), "run": run.id, "file": file,
-              "data": list(run.trained_on), "data_digests": run.trained_on, "params": run.params, "metrics": run.metrics, "inputs": inputs, "example": rows_as_json(example), "trusted": types, "created_at": timestamp(),
+              "data": list(learned), "data_digests": learned, "params": run.params, "metrics": run.metrics, "inputs": inputs, "example": rows_as_json(example), "trusted": types, "created_at": timestamp(),
               "by": tags.get("mlflow.user", ""), "commit": tags.get("mlflow.source.git.commit", "")}
     with changing(place):
-        version = add_version(name, source, run.id, {"mlops.digest": record["digest"], "mlops.kind": record["kind"], "mlops.data": ", ".join(run.trained_on),
-                                                  "mlops.data_digests": json.dumps(run.trained_on)})
+        version = add_version(name, source, run.id, {"mlops.digest": record["digest"], "mlops.kind": record["kind"], "mlops.data": ", ".join(learned),
+                                                  "mlops.data_digests": json.dumps(learned)})
         write_json(record_path(place, name, version), plain({"version": version} | record))
         if alias:
             move_alias(place, name, alias, version)
-    for address, digest in run.trained_on.items():
+    for address, digest in learned.items():
         used(address, "model", f"{name}@{version}", run=run.id, digest=digest)
     return pick(Address(name, str(version)), model_versions(name), what="model")
 

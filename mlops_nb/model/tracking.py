@@ -23,7 +23,7 @@ from ..data.versions import version
 from .backend import experiment_id, inputs_of, send, send_inputs, tracking
 
 # %% auto #0
-__all__ = ['provenance', 'git_is_there', 'figures', 'exact', 'Run', 'track', 'recalled']
+__all__ = ['provenance', 'git_is_there', 'figures', 'exact', 'write_inputs', 'Run', 'track', 'recalled', 'trained_on']
 
 # %% ../../nbs/model/tracking.ipynb #ce625cf3
 def provenance(place: Project) -> dict[str, str]:
@@ -59,6 +59,15 @@ def exact(data: Iterable[str] | str | None) -> dict[str, str]:
     "The exact versions that addresses point to now: address -> digest; `NotFound` when there is none."
     return {one.address: one.digest for one in map(version, [data] if isinstance(data, str) else data or [])}
 
+
+def write_inputs(run: str, name: str, inputs: Mapping[str, str]) -> None:
+    "Write what a run used, as address -> digest, to MLflow and to the data sets' own record."
+    if inputs:
+        with tracking() as client:
+            send_inputs(client, run, inputs)
+    for address, digest in inputs.items():
+        used(address, "run", name, run=run, digest=digest)
+
 # %% ../../nbs/model/tracking.ipynb #aa82517c
 @dataclass
 class Run(Noun):
@@ -71,11 +80,6 @@ class Run(Noun):
     inputs: dict = field(default_factory=dict)  # all that was used, loaded or said: address -> digest
     kept: set = field(default_factory=set, repr=False, compare=False)  # those inputs that are written down
     block: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
-
-    @property
-    def trained_on(self) -> dict[str, str]:
-        "What a model of this run learned from, as address -> digest: what was said; when nothing was, what the run loaded."
-        return {one: self.inputs.get(one, "") for one in self.data or self.inputs}
 
     def log(self, *, metrics: dict | None = None, params: dict | None = None, data: list[str] | None = None) -> Run:
         "Add figures, parameters and data sets it was trained on."
@@ -91,13 +95,9 @@ class Run(Noun):
         return self.keep()
 
     def keep(self) -> Run:
-        "Write what was used so far to MLflow, and to the data sets' own record."
+        "Write down what was used since the last time."
         new = {address: digest for address, digest in self.inputs.items() if address not in self.kept}
-        if new:
-            with tracking() as client:
-                send_inputs(client, self.id, new)
-        for address, digest in new.items():
-            used(address, "run", self.name, run=self.id, digest=digest)
+        write_inputs(self.id, self.name, new)
         self.kept.update(new)
         return self
 
@@ -156,3 +156,10 @@ def recalled(
         kept = client.get_run(run)
     said, inputs = tuple(filter(None, kept.data.tags.get("mlops.data", "").split(", "))), inputs_of(kept)
     return Run(run, kept.info.run_name or run, dict(kept.data.params), dict(kept.data.metrics), said, inputs, set(inputs))
+
+# %% ../../nbs/model/tracking.ipynb #5d240e93
+def trained_on(
+    run: Run,  # the run
+) -> dict[str, str]:  # address -> digest
+    "What a model of a run learned from: the data it was said to be trained on; when none was said, all that it loaded."
+    return {one: run.inputs.get(one, "") for one in run.data or run.inputs}
