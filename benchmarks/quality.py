@@ -158,19 +158,20 @@ def wide_table(n: int = 1_000_000) -> pd.DataFrame:
 
 
 WHOLE = """
-import resource, sys, time, warnings
+import sys, time, warnings
 warnings.filterwarnings("ignore")
 import pandas as pd
 import pyarrow
 from mlops_nb.data.quality import check
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+memory = lambda what: int(next(line for line in open("/proc/self/status") if line.startswith(what)).split()[1]) / 2**10
 import cleanlab.filter, sklearn.ensemble, matplotlib.figure  # libraries are no part of the data's memory
 frame = pd.read_parquet(sys.argv[1])
 pyarrow.default_memory_pool().release_unused()
-size, before = frame.memory_usage(deep=True).sum() / 2**20, int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 2**10
+size, before = frame.memory_usage(deep=True).sum() / 2**20, memory("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak of reading the file is forgotten
 start, cpu = time.perf_counter(), time.process_time()
 check(frame, target="label")
-print(time.perf_counter() - start, time.process_time() - cpu, size, before, peak())
+print(time.perf_counter() - start, time.process_time() - cpu, size, before, memory("VmHWM"))
 """
 
 PEERS = {
@@ -207,7 +208,9 @@ for _ in range(3):
     start = time.perf_counter()
     run(frame)
     times.append(time.perf_counter() - start)
-print(sorted(times)[1])
+    if times[0] > 5:
+        break
+print(sorted(times)[len(times) // 2])
 """
 GREAT_EXPECTATIONS = """
 import great_expectations as gx

@@ -16,6 +16,7 @@ from sklearn.preprocessing import OneHotEncoder
 
 from mlops_nb.core.errors import Invalid, NotFound
 from mlops_nb.core.report import Report, all_checks
+from mlops_nb.data.store import save
 from mlops_nb.model.card import ASKED, UNWRITTEN, architecture, card, importance, request_of
 from mlops_nb.model.registry import attach, attached, promote, register
 from models import customers, database, shop  # noqa: F401
@@ -33,6 +34,8 @@ def pipeline(estimator):
 def buys(shop):  # noqa: F811
     """Two versions of a model, the second one validated and champion."""
     estimator = pipeline(LogisticRegression(C=0.3)).fit(FRAME, BOUGHT)
+    for n in (2, 3, 4):
+        save(FRAME.head(n), "customers")
     for _ in range(2):
         made = register(estimator, "buys", params={"C": 0.3}, metrics={"auc": 0.812}, data=["customers@3"], example=FRAME)
     promote("buys@1")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from .errors import Invalid, known
 
 # %% ../../nbs/core/gates.ipynb #6613522f
-BELOW = re.compile(r"missing|duplicate|outlier|drift|psi|error|loss|mse|mae|rmse|mape|latency|disparity|invalid|_ms$|_s$|p_value|unseen|drop|deviation", re.IGNORECASE)
+BELOW = re.compile(r"missing|duplicate|outlier|drift|psi|error|loss|mse|mae|rmse|mape|latency|disparity|invalid|_ms$|_s$|p_value|unseen|drop|deviation|suspect|overlap|leak", re.IGNORECASE)
 BOUND = re.compile(r"(>=|<=|>|<)?\s*(-?\d+(?:\.\d+)?(?:e-?\d+)?)\s*(%)?", re.IGNORECASE)
 COMPARE = {">=": lambda value, bound: value >= bound, "<=": lambda value, bound: value <= bound,
            ">": lambda value, bound: value > bound, "<": lambda value, bound: value < bound}

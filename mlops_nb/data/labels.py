@@ -47,7 +47,7 @@ def model_input(columns: Sequence[Column]) -> tuple[np.ndarray, list[bool]]:
     return (np.column_stack(parts) if parts else np.empty((len(columns[0].values) if columns else 0, 0), np.float32)), categories
 
 # %% ../../nbs/data/labels.ipynb #20715366
-FOLDS, LEARNT, JUDGED, LEAST_IN_CLASS = 5, 20_000, 100_000, 10
+FOLDS, LEARNT, JUDGED, LEAST_IN_CLASS = 5, 20_000, 50_000, 10
 
 
 def folds_of(classes: np.ndarray, seed: int) -> np.ndarray:

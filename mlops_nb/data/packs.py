@@ -149,6 +149,11 @@ class Packs:
                 return piece
         return None
 
+    def read_into(self, digest: str, place: memoryview) -> bool:
+        "Fill a place with the first copy of a chunk, unverified; whether there was one of that length."
+        path, offset, length = next(self.copies(digest), (None, 0, 0))
+        return path is not None and length == len(place) == os.preadv(opened(path).fileno(), [place], offset)
+
     def read(self, digest: str, owner: str = "this file") -> bytes:
         "The bytes of a chunk; `Invalid` names whose it is when it is missing or damaged."
         piece = self.good_copy(digest)

@@ -5,6 +5,7 @@
 # %% ../../nbs/data/quality.ipynb #733479bd
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,17 +24,19 @@ from .freshness import against_earlier, change
 from .labels import label_errors, label_findings
 from .leaks import leak_findings, power_plot, predictive_power
 from .rows import duplicated, overlap_findings, row_findings, shared
-from .store import as_frame
+from .store import as_frame, load
 from .suspects import named, suspect_cells, suspect_findings
+from .versions import manifest_of, version
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
 # %% auto #0
-__all__ = ['CLASSES', 'IMBALANCE', 'BARS', 'BINS', 'LISTED', 'SEVERITIES', 'is_classes', 'target_findings', 'column_row',
+__all__ = ['CLASSES', 'IMBALANCE', 'BARS', 'BINS', 'LISTED', 'LARGE', 'SEVERITIES', 'is_classes', 'target_findings', 'column_row',
            'number_row', 'missing_plot', 'outlier_plot', 'Looked', 'share', 'look_at_columns', 'look_at_rows',
-           'look_at_target', 'gates_from_settings', 'target_column', 'look_at_others', 'check', 'report_of', 'summary']
+           'look_at_target', 'gates_from_settings', 'target_column', 'look_at_others', 'look_at_schema', 'too_large',
+           'check', 'report_of', 'summary']
 
 # %% ../../nbs/data/quality.ipynb #c10024fb
 CLASSES, IMBALANCE = 20, 0.1
@@ -184,6 +187,7 @@ def look_at_target(looked: Looked, frame: pd.DataFrame, target: Column, labels: 
         looked.tried("label errors", doubted)
 
 # %% ../../nbs/data/quality.ipynb #2b0c3be7
+LARGE = 64 << 20  # a smaller version is not even measured against the memory that is free
 SEVERITIES = ("error", "warning", "note")
 
 
@@ -220,6 +224,33 @@ def look_at_others(looked: Looked, frame: pd.DataFrame, address: str, against: o
         looked.tried("changes against earlier versions", earlier)
 
 # %% ../../nbs/data/quality.ipynb #88f2f932
+def look_at_schema(looked: Looked, frame: pd.DataFrame, address: str) -> None:
+    "What breaks the schema that a version was saved with: types, ranges, allowed values."
+    from mlops_nb.data.schema import Schema
+
+    rules = manifest_of(one).get("schema") if address and (one := version(address)).kind == "table" else None
+    if rules:
+        facts = Schema.from_dict(rules).check(frame, name=address).facts
+        looked.found += facts.get("findings", [])
+        looked.figures["invalid_rows"] = facts["invalid_rows"]
+
+
+def too_large(data: object) -> object | None:
+    "The path of data that should be streamed, because a frame of them would not fit in memory; None for all others."
+    from mlops_nb.data.streams import larger_than_memory
+
+    if not isinstance(data, (str, os.PathLike)):
+        return None
+    if not Path(data).expanduser().exists():
+        if isinstance(data, os.PathLike) or os.sep in str(data) or Path(data).suffix in (".parquet", ".csv"):
+            return None
+        one = version(str(data))
+        if one.kind == "delta" or one.kind != "folder" and one.size_bytes < LARGE:
+            return None
+        data = load(one.address, as_="path")
+    return data if larger_than_memory(data) else None
+
+# %% ../../nbs/data/quality.ipynb #fe1e2262
 def check(
     data: object,  # a frame, an Arrow table, the path of a .parquet or .csv file, or an address such as orders@3
     *,
@@ -231,6 +262,11 @@ def check(
     seed: int = 0,  # for samples of large data, folds and forests
 ) -> Report:
     "Missing values, duplicates, outliers, suspect cells, leaks, label errors and more, each with the rows concerned and what to do; gates decide."
+    if (large := too_large(data)) is not None:
+        if target or key or not isinstance(against, str) or against:
+            raise Invalid(f"{data} is a folder or larger than memory, so it is read in a stream, where target, key and against cannot be looked at; check a sample of it for those.")
+        from mlops_nb.data.scans import streamed_check
+        return streamed_check(large, gates=gates, name=version(str(data)).address if str(large) != str(data) else "")
     frame, name = as_frame(data)
     looked = Looked(columns_of(frame))
     label = target_column(looked.columns, target)
@@ -238,7 +274,9 @@ def check(
     look_at_rows(looked, frame, seed)
     if label and len(frame):
         look_at_target(looked, frame, label, labels, seed)
-    look_at_others(looked, frame, name if isinstance(data, str) and not Path(data).is_file() else "", against, key, target)
+    address = name if isinstance(data, str) and not Path(data).is_file() else ""
+    look_at_others(looked, frame, address, against, key, target)
+    look_at_schema(looked, frame, address)
     return conclude(report_of(looked, frame, name, gates), f"check-{re.sub(r'[^A-Za-z0-9_@.-]', '-', name)}")
 
 

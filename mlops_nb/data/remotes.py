@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import takewhile
 from pathlib import PurePosixPath
 
 from ..core.address import NAME, Address, pick
@@ -21,9 +22,9 @@ from .versions import (FORMAT, branches, chunks_of, content_digest, datasets, li
                                     tags, version, version_of)
 
 # %% auto #0
-__all__ = ['LINE', 'folder_of', 'aside', 'lines_there', 'lines_here', 'sound', 'inside', 'Line', 'compared', 'tags_there',
-           'tags_differ', 'push_tags', 'pull_tags', 'split', 'create', 'push', 'told', 'numbers_of', 'bring', 'keep',
-           'put_aside', 'coming', 'harm', 'pull']
+__all__ = ['LINE', 'folder_of', 'aside', 'lines_there', 'put_there', 'lines_here', 'sound', 'inside', 'Line', 'compared',
+           'tags_in', 'tags_there', 'tags_differ', 'push_tags', 'pull_tags', 'split', 'create', 'push', 'told',
+           'numbers_of', 'bring', 'keep', 'put_aside', 'coming', 'harm', 'pull']
 
 # %% ../../nbs/data/remotes.ipynb #05862f24
 LINE = re.compile(rf"datasets/({NAME.pattern})(?:/branches/({NAME.pattern}))?/(\d+)\.json")
@@ -52,14 +53,21 @@ def lines_there(remote: Remote, name: str) -> dict[str, set[int]]:
     return found
 
 
+def put_there(line: str) -> bool:
+    "Whether a branch was made by a pull."
+    return "remote" in ((newest(line) or {}).get("origin") or {})
+
+
 def lines_here(name: str) -> list[str]:
     "The lines of the store that an address means; what was put aside by a pull stays here."
     if name and (":" in name or "@" in name):
-        return [version(name).name]
+        if put_there(line := version(name).name):
+            raise Invalid(f"{line} is what a pull put beside yours, and is at the remote already; merge it, or save it under another name.")
+        return [line]
     if name:
         version(name)
     all_of = [line for one in ([name] if name else datasets()) for line in (one, *branches(one))]
-    return [line for line in all_of if "remote" not in ((newest(line) or {}).get("origin") or {})]
+    return [line for line in all_of if not put_there(line)]
 
 # %% ../../nbs/data/remotes.ipynb #deb281b9
 def sound(content: bytes, line: str, number: int, where: str) -> dict:
@@ -110,8 +118,10 @@ class Line:
 
     @cached_property
     def base(self) -> int:
-        "The newest version that both have; 0 without one."
-        return next((number for number in sorted(self.theirs & set(self.mine), reverse=True) if self.same(number)), 0)
+        "The newest version that both have; 0 without one. (Data that are equal by chance after the lines have split do not join them.)"
+        both = sorted(self.theirs & set(self.mine))
+        base = next((number for number in reversed(both) if self.mine[number] == self.there(number)), 0)
+        return max([base, *takewhile(self.same, [number for number in both if number > base])])
 
     @cached_property
     def unmerged(self) -> list[int]:
@@ -139,9 +149,16 @@ def compared(remote: Remote, lines: dict[str, set[int]]) -> list[Line]:
     return sorted(in_parallel(compare, sorted(lines)), key=lambda line: line.name)
 
 # %% ../../nbs/data/remotes.ipynb #164b003f
+def tags_in(content: bytes, line: Line) -> dict[str, int]:
+    try:
+        return {tag: int(number) for tag, number in json.loads(content or b"{}").items()}
+    except (ValueError, TypeError, AttributeError):
+        raise Invalid(f"the tags of {line.name} at {line.remote.url} are damaged; remove {folder_of(line.name)}/tags.json there and push yours.") from None
+
+
 def tags_there(line: Line) -> dict[str, int]:
     try:
-        return json.loads(line.remote.read(f"{folder_of(line.name)}/tags.json"))
+        return tags_in(line.remote.read(f"{folder_of(line.name)}/tags.json"), line)
     except FileNotFoundError:
         return {}
 
@@ -156,7 +173,7 @@ def push_tags(line: Line) -> list[str]:
     ours = {tag: number for tag, number in tags(line.name).items() if line.same(number)}
 
     def add(content: bytes) -> bytes:
-        there = json.loads(content or b"{}")
+        there = tags_in(content, line)
         both = {**ours, **there}
         return content if both == there else (json.dumps(both, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -210,7 +227,7 @@ def push(
     with reaching(remote.url, remote.scheme):
         there = lines_there(remote, name)
         lines = compared(remote, {line: there.get(line, set()) for line in lines_here(name)})
-        conflicts = [split(line, line.unmerged[0]) for line in lines if line.unmerged]
+        conflicts = [split(line, line.unmerged[0]) for line in lines if line.unmerged and not (upto and upto <= line.base)]
         conflicts += [f"{line.name}@{max(line.mine)} has a number that is taken at {remote.url}, which is at @{max(line.theirs)}; save what you have once more with a change and push again"
                       for line in lines if not line.unmerged and line.base < max(line.mine, default=0) < max(line.theirs, default=0)]
         sending = [(line, number) for line in lines if not line.unmerged for number in sorted(line.mine)
@@ -293,7 +310,7 @@ def keep(line: str, number: int, content: bytes, facts: dict) -> bool:
 
 def put_aside(line: Line, number: int) -> tuple[bytes, dict]:
     "A remote version as one of the branch beside ours."
-    branch, before = aside(line.name), [one for one in line.unmerged if one < number]
+    branch, before = aside(line.name), sorted(one for one in line.theirs if line.base < one < number)
     start = f"{line.name}@{line.base}" if line.base else ""
     facts = {**line.there(number), "name": branch, "parent": f"{branch}@{before[-1]}" if before else start, "merged": "", "origin": {"remote": line.remote.url, "address": f"{line.name}@{number}"}}
     facts = {**facts, "seal": seal(facts)}
@@ -302,8 +319,9 @@ def put_aside(line: Line, number: int) -> tuple[bytes, dict]:
 
 def coming(line: Line, address: str) -> list[tuple[str, int, bytes, dict]]:
     "The versions to bring: where each goes, its number, and its manifest as it is and read."
-    found = []
-    for number in sorted(numbers_of(line, address)):
+    found, wanted = [], numbers_of(line, address)
+    wanted = wanted | {one for one in line.unmerged if one <= max(wanted) and max(wanted) in line.unmerged}  # what came before, too: a merge looks for where they split
+    for number in sorted(wanted):
         if number in line.unmerged:
             found.append((aside(line.name), number, *put_aside(line, number)))
         elif line.fits(number, line.mine) or "@" in address and line.same(number):

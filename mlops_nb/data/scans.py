@@ -277,6 +277,7 @@ def streamed_check(
     source: object,  # a Parquet file, a folder of them, or an iterable of Arrow record batches
     *,
     gates: dict[str, str] | None = None,  # figure -> bound, such as missing: 5%; left out: those of settings.ini
+    name: str = "",  # what to call the data; empty: the file's or folder's name
 ) -> Report:
     "What `check` says, for data larger than memory: read in parts, here or on the Dask cluster of the settings."
     with on_disk(source) as path, workers() as each:
@@ -291,7 +292,7 @@ def streamed_check(
         known = [(question, all_rows(parts)) for question in asked if question.test == "present" and question.column in whole]
         asked = [question for question in asked if question.test != "present" or question.column not in whole]
         answers = [*known, *zip(asked, ask(each, parts, schema, asked)), *about_rows(profiles, repeats, some_repeated(each, parts, schema, repeats.again))]
-    folder, name = Path(path), Path(source).stem if isinstance(source, (str, os.PathLike)) else "data"
+    folder, name = Path(path), name or (Path(source).stem if isinstance(source, (str, os.PathLike)) else "data")
     names = {part.number: os.path.relpath(part.file, folder) if folder.is_dir() else folder.name for part in parts}
     facts = reported(name, names, schema, (profiles, repeats), answers, scale, gates_from_settings() if gates is None else gates)
     return conclude(Report(facts), f"check-{re.sub(r'[^A-Za-z0-9_@.-]', '-', name)}")

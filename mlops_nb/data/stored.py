@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..core.errors import Invalid
-from .chunks import Content, entry_of, put_bytes, put_file
+from .chunks import Content, entry_of, put_bytes, put_file, read_all
 from .packs import Packs, Writer, drafted, trying
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 # %% auto #0
-__all__ = ['PARTS', 'DETOUR', 'SMALL', 'put_parquet', 'opened', 'is_part', 'put_selection', 'put_table', 'read_stored',
+__all__ = ['AT_ONCE', 'PARTS', 'DETOUR', 'SMALL', 'put_parquet', 'opened', 'is_part', 'put_selection', 'put_table', 'read_stored',
            'selected']
 
 # %% ../../nbs/data/stored.ipynb #fbdfcb33
@@ -36,11 +36,16 @@ def put_parquet(writer: Writer, table: pa.Table, path: str) -> dict:
         return entry_of(path, put_file(writer, draft)[0], 0)
 
 
-def opened(packs: Packs, entry: dict, owner: str) -> pq.ParquetFile:
-    "A stored Parquet file, its chunks verified as they are read."
+AT_ONCE = 1 << 30  # bytes of a file that are read in one go when all columns are wanted
+
+
+def opened(packs: Packs, entry: dict, owner: str, *, whole: bool = False) -> pq.ParquetFile:
+    "A stored Parquet file, its chunks verified as they are read; `whole` reads them all now, on all cores."
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if whole and entry["size"] <= AT_ONCE:
+        return pq.ParquetFile(pa.BufferReader(pa.py_buffer(read_all(packs, entry, owner))))
     return pq.ParquetFile(pa.PythonFile(Content(packs, entry, owner), "r"))
 
 # %% ../../nbs/data/stored.ipynb #1c19703a
@@ -68,10 +73,12 @@ def put_selection(writer: Writer, table: pa.Table, parts: Sequence[dict]) -> dic
     files, fresh = list(parts), f"rows-{len(parts)}.parquet" if found.fresh.num_rows else ""
     if fresh:
         files.append(put_parquet(writer, found.fresh, fresh))
+    rows_only = writer.added
     if found.extra is not None:
         files.append(put_parquet(writer, found.extra, "extra.parquet"))
+    apart = writer.added - rows_only
     files.append(entry_of("selection", put_bytes(writer, encode(found.positions)), 0))
-    return {"files": files, "fresh": fresh, "schema": base64.b64encode(table.schema.serialize()).decode()}
+    return {"files": files, "fresh": fresh, "apart": apart, "schema": base64.b64encode(table.schema.serialize()).decode()}
 
 # %% ../../nbs/data/stored.ipynb #63f12bed
 SMALL = 0.02
@@ -87,7 +94,8 @@ def put_table(
     parts = [file for file in before["files"] if is_part(file)] if before else []
     with trying(packs) as rows, trying(packs) as whole:
         files = put_selection(rows, table, parts) if parts else None
-        if files and rows.added <= SMALL * sum(part["size"] for part in parts):
+        apart = files.pop("apart") if files else 0
+        if files and rows.added - apart <= SMALL * sum(part["size"] for part in parts):
             writer = rows
         else:
             at_once = {"files": [put_parquet(whole, table, "rows-0.parquet")]}
@@ -112,7 +120,7 @@ def read_stored(
     from mlops_nb.data.tables import KEY, chosen
 
     parts = [file for file in files["files"] if is_part(file)]
-    sources = [opened(packs, part, f"{owner} ({part['path']})") for part in parts]
+    sources = [opened(packs, part, f"{owner} ({part['path']})", whole=columns is None and not where) for part in parts]
     schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(files["schema"]))) if "schema" in files else sources[0].schema_arrow
     names = schema.names if columns is None else chosen(columns, schema, owner)
     condition, needed = parse(where, schema, owner) if where else (None, [])

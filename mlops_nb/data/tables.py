@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # %% auto #0
-__all__ = ['PLAIN', 'MISSING', 'KEY', 'object_column', 'to_array', 'object_values', 'from_array', 'physical_names',
+__all__ = ['PLAIN', 'MISSING', 'KEY', 'SAMPLE', 'object_column', 'to_array', 'object_values', 'from_array', 'physical_names',
            'named_column', 'pandas_table', 'pandas_frame', 'arrow_table', 'as_it_was', 'to_table', 'from_table',
-           'plain_table', 'Sink', 'write_table', 'labels_of', 'chosen', 'read_table', 'damaged', 'scan', 'read_frame']
+           'plain_table', 'Sink', 'repeating', 'write_table', 'labels_of', 'chosen', 'read_table', 'damaged', 'scan',
+           'read_frame']
 
 # %% ../../nbs/data/tables.ipynb #76ae8882
 PLAIN = {"string": "string", "bytes": "binary", "boolean": "bool_", "date": "date32"}
@@ -269,13 +270,26 @@ class Sink(io.RawIOBase):
         return len(piece)
 
 
+SAMPLE = 10_000
+
+
+def repeating(table: pa.Table) -> list[str]:
+    "Columns whose values repeat, by an even sample: only there is a dictionary worth the search for it."
+    import numpy as np
+    import pyarrow as pa
+
+    sample = table.take(np.arange(0, table.num_rows, max(1, table.num_rows // SAMPLE))) if table.num_rows else table
+    return [name for name, column in zip(sample.column_names, sample.columns)
+            if pa.types.is_nested(column.type) or len(sample) < SAMPLE or len(column.unique()) < len(sample) / 2]
+
+
 def write_table(table: pa.Table, path: Path) -> None:
     "Write Parquet: zstd, pages cut by content so that a small edit changes few of them."
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     steps = [field.name for field in table.schema if field.name.startswith("__index_") and pa.types.is_integer(field.type)]
-    encoding = {"use_dictionary": [name for name in table.column_names if name not in steps], "column_encoding": dict.fromkeys(steps, "DELTA_BINARY_PACKED")} if steps else {}
+    encoding = {"use_dictionary": [name for name in repeating(table) if name not in steps], "column_encoding": dict.fromkeys(steps, "DELTA_BINARY_PACKED")}
     with open(path, "wb") as file, Sink(file) as sink:
         try:
             pq.write_table(table, sink, compression="zstd", use_content_defined_chunking=True, **encoding)

@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from ..core.errors import Invalid, MlopsError, NotFound, Unavailable, require
-from ..core.files import disk_faults, locked, sync_folder, write_atomic
+from ..core.files import locked, sync_folder, write_atomic
 from ..core.progress import progress
 from ..core.settings import project
 from .packs import MAGIC, RECORD_BYTES, TRAILER, Packs, Writer, index_bytes, read_index, sound_index
@@ -104,10 +104,9 @@ class Remote:
     def put(self, path: str, content: bytes, *, exclusive: bool = False, **more: object) -> None:
         "Write a file whole; `FileExistsError` when `exclusive` and there is one."
         if self.scheme == "file":
-            return lay(Path(self.root) / path, content, exclusive)
-        if exclusive:
-            more = {"overwrite": False} if DRIVERS.get(self.scheme, "")[:1] == ("adlfs",) else {"mode": "create"}
-        self.fs.pipe_file(f"{self.root}/{path}", content, **more)
+            with locked(Path(self.root) / ".lock") if exclusive else nullcontext():  # somebody may have opened this folder as a store
+                return lay(Path(self.root) / path, content, exclusive)
+        self.fs.pipe_file(f"{self.root}/{path}", content, **more, **({"mode": "create"} if exclusive else {}))
 
     def swap(self, path: str, change: Callable[[bytes], bytes]) -> None:
         "Change a small file that others change too, without losing what they wrote."

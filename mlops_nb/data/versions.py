@@ -144,12 +144,16 @@ def listing(facts: dict, packs: Packs) -> dict:
     "What a version holds in detail: its files with their chunks, and for a table how its rows are put together."
     if "files" in facts:
         return {"files": facts["files"]}
-    return json.loads(Content(packs, facts["listing"], f"{facts['name']}@{facts['version']} (its list of files)").read())
+    import orjson
+
+    return orjson.loads(Content(packs, facts["listing"], f"{facts['name']}@{facts['version']} (its list of files)").read())
 
 
 def put_listing(writer: Writer, files: dict) -> dict:
     "Keep what a version holds in detail."
-    return put_bytes(writer, json.dumps(files, separators=(",", ":"), ensure_ascii=False).encode())
+    import orjson
+
+    return put_bytes(writer, orjson.dumps(files))
 
 
 def chunks_of(facts: dict, packs: Packs) -> set[str]:
