@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results.json"
 
 @dataclass
 class Figure:
-    """One promise: what was measured, ours and the peer's median in seconds, their ratio and the ratio promised."""
+    """One promise: what was measured, ours and the peer's median in a unit, their ratio and the ratio promised."""
 
     promise: str
     ours: float
@@ -26,11 +26,12 @@ class Figure:
     ratio: float | None
     target: str
     kept: bool | None
+    unit: str = "s"
 
     def line(self) -> str:
-        theirs = f"{self.peer} {self.theirs:.3g} s, ratio {self.ratio:.3g}" if self.theirs is not None else self.peer
+        theirs = f"{self.peer} {self.theirs:.3g} {self.unit}, ratio {self.ratio:.3g}" if self.theirs is not None else self.peer
         verdict = {True: "kept", False: "MISSED", None: "not compared"}[self.kept]
-        return f"{self.promise}: {self.ours:.3g} s ({theirs}; promised {self.target}) {verdict}"
+        return f"{self.promise}: {self.ours:.3g} {self.unit} ({theirs}; promised {self.target}) {verdict}"
 
 
 def seconds(command: list[str], **options: object) -> float:

@@ -759,7 +759,6 @@ def test_the_remote_of_the_settings(people, tmp_path):
         pd.testing.assert_frame_equal(load("orders"), table(1))
 
 
-@pytest.mark.xfail(strict=True, reason="commit must not give a number that the remote has given (see versions.commit)")
 def test_a_remote_that_has_gone_further(at, people):
     url = both_go_on(at, people, "memory")
     with in_project(people("ann")):
@@ -777,7 +776,6 @@ def test_a_remote_that_has_gone_further(at, people):
         assert load("orders")["city"].str.isupper().all() and (load("orders")["price"] == 1).all()
 
 
-@pytest.mark.xfail(strict=True, reason="branches.common must walk back from the branch to the version that was merged")
 def test_merging_what_came_after_a_merge_takes_nothing_back(at, people):
     url = both_go_on(at, people, "memory")
     with in_project(people("ann")):

@@ -56,15 +56,13 @@ def rollback(
 
 # %% ../../nbs/data/branches.ipynb #37d56931
 def common(branch: Version, main: list[Version]) -> Version:
-    "The version that both lines contain: the last one merged, or where the branch began."
-    merged = [one for one in main if one.merged.partition("@")[0] == branch.name]
-    if merged:
-        return merged[-1]
-    begin = versions(branch.name)[0].parent
-    there = [one for one in main if one.address == begin]
-    if not there:
-        raise NotFound(f"{branch.name} began at {begin or 'no version'}, which is not here; pull it first.")
-    return there[0]
+    "The version that both lines contain: the last one of the branch that was merged, or where the branch began."
+    taken = {one.merged for one in main} | {one.address for one in main}
+    while branch.address not in taken:
+        if not branch.parent:
+            raise NotFound(f"{branch.address} begins at a version that is not here; pull it first.")
+        branch = version(branch.parent)
+    return branch
 
 
 def merge(

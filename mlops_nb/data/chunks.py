@@ -164,15 +164,15 @@ class Memory:
     def recall(self, path: str, stat: os.stat_result) -> dict | None:
         "Size, digest and chunks of a file that has not changed since; None when it must be read."
         known = self.before.get(path)
-        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        if known is None or known[0] != mark:
+        if known is None or known[:4] != [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]:
             return None
         self.seen[path] = known
-        return {"size": stat.st_size, "digest": known[1], "chunks": known[2]}
+        return {"size": known[0], "digest": known[4], "chunks": known[5] if len(known) > 5 else [[known[4], known[0]]]}
 
     def note(self, path: str, stat: os.stat_result, facts: dict) -> None:
         if max(stat.st_mtime_ns, stat.st_ctime_ns) < self.now - self.RACY_NS and facts["size"] == stat.st_size:
-            self.seen[path] = [[stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino], facts["digest"], facts["chunks"]]
+            alone = facts["chunks"] == [[facts["digest"], stat.st_size]]
+            self.seen[path] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, facts["digest"], *([] if alone else [facts["chunks"]])]
 
     def keep(self) -> None:
         import orjson

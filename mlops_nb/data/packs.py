@@ -82,7 +82,8 @@ def entries(path: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def piece_at(path: Path, offset: int, length: int) -> bytes:
-    return os.pread(opened(path).fileno(), length, offset)
+    file = opened(path)  # held, so that no other thread can make it close
+    return os.pread(file.fileno(), length, offset)
 
 
 def sound_index(path: Path) -> np.ndarray:
@@ -152,7 +153,10 @@ class Packs:
     def read_into(self, digest: str, place: memoryview) -> bool:
         "Fill a place with the first copy of a chunk, unverified; whether there was one of that length."
         path, offset, length = next(self.copies(digest), (None, 0, 0))
-        return path is not None and length == len(place) == os.preadv(opened(path).fileno(), [place], offset)
+        if path is None or length != len(place):
+            return False
+        file = opened(path)
+        return os.preadv(file.fileno(), [place], offset) == length
 
     def read(self, digest: str, owner: str = "this file") -> bytes:
         "The bytes of a chunk; `Invalid` names whose it is when it is missing or damaged."

@@ -5,7 +5,10 @@
 # %% ../../nbs/data/store.ipynb #284e71bd
 from __future__ import annotations
 
+import gc as collector
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +25,8 @@ from .versions import (Version, branches, chunks_of, commit, content_digest, dat
                                     store, version, versions)
 
 # %% auto #0
-__all__ = ['AS', 'put_path', 'base_of', 'sound_listing', 'twin', 'put_frame', 'save', 'kept_rules', 'log', 'row_of', 'lay_out',
-           'laid_out', 'load', 'as_frame']
+__all__ = ['AS', 'without_collecting', 'put_path', 'base_of', 'sound_listing', 'twin', 'put_frame', 'save', 'kept_rules', 'log',
+           'row_of', 'lay_out', 'laid_out', 'load', 'as_frame']
 
 # %% ../../nbs/data/store.ipynb #30679cbf
 if TYPE_CHECKING:
@@ -32,8 +35,20 @@ if TYPE_CHECKING:
     from mlops_nb.data.schema import Schema
 
 # %% ../../nbs/data/store.ipynb #43bdfd17
-def put_path(path: Path) -> dict:
-    "Keep a file or a folder; facts for the manifest."
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    "Pause Python's collector: with a hundred thousand small lists alive it would take a third of the time."
+    on = collector.isenabled()
+    collector.disable()
+    try:
+        yield
+    finally:
+        if on:
+            collector.enable()
+
+
+def put_path(path: Path) -> tuple[dict, list[dict]]:
+    "Keep a file or a folder; facts for the manifest, and its files."
     packs, rows, columns = packs_of(), None, None
     if not path.exists():
         raise NotFound(f"there is no file or folder {path}; check the path.")
@@ -43,7 +58,7 @@ def put_path(path: Path) -> dict:
         from mlops_nb.data.tables import scan
         rows, columns = scan(path)
     kind = "folder" if path.is_dir() else "file"
-    with writing(packs) as writer:
+    with without_collecting(), writing(packs) as writer:
         if kind == "folder":
             memory = Memory(project().state / "cache" / f"{digest_of(str(path.resolve()).encode())[:16]}.json")
             files = put_folder(writer, path, memory, progress=lambda found: progress(found, "saving", unit="file"))
@@ -52,7 +67,7 @@ def put_path(path: Path) -> dict:
             files = [entry_of(path.name, facts, stat.st_mode)]
         detail = put_listing(writer, {"files": files})
     return {"digest": content_digest(kind, files), "kind": kind, "rows": rows, "columns": columns, "size_bytes": sum(file["size"] for file in files),
-            "added_bytes": writer.added, "listing": detail}
+            "added_bytes": writer.added, "listing": detail}, files
 
 # %% ../../nbs/data/store.ipynb #dd3a05d8
 def base_of(name: str) -> dict | None:
@@ -119,9 +134,9 @@ def save(
     base = base_of(name)
     rules = kept_rules(data, name, schema, base)
     with disk_faults(store()):
-        facts = put_path(Path(data).expanduser()) if isinstance(data, (str, os.PathLike)) else put_frame(data, name, key)
+        facts, files = put_path(Path(data).expanduser()) if isinstance(data, (str, os.PathLike)) else (put_frame(data, name, key), None)
     start = f"{base['name']}@{base['version']}" if base and base["name"] != name else ""
-    return commit(name, facts, message=message, key=key or (base or {}).get("key", ""), parent=start, **({"schema": rules} if rules else {}))
+    return commit(name, facts, message=message, key=key or (base or {}).get("key", ""), parent=start, files=files, **({"schema": rules} if rules else {}))
 
 
 def kept_rules(data: object, name: str, schema: str | Schema, base: dict | None) -> dict | None:
@@ -164,6 +179,9 @@ def row_of(one: Version, *names: str) -> dict:
 # %% ../../nbs/data/store.ipynb #d218cc69
 def lay_out(packs: Packs, place: Path, files: list[dict], owner: str) -> None:
     "Write the files that are missing or changed; remove what does not belong."
+    for file in files:
+        if Path(file["path"]).is_absolute() or ".." in Path(file["path"]).parts:
+            raise Invalid(f"{owner} lists {file['path']!r}, which lies outside its folder; do not trust where it came from.")
     for file in progress(files, "laying out", unit="file") if len(files) > 100 else files:
         target = place / file["path"]
         if file["path"].endswith("/"):
@@ -188,7 +206,7 @@ def laid_out(one: Version, files: dict, packs: Packs) -> Path:
     "The path of a version's file or folder, laid out anew where it is missing or changed."
     place = project().state / "checkouts" / one.name.replace(":", "/") / one.digest[:16]
     with disk_faults(place), locked(place.with_name(f"{place.name}.lock")):
-        if "schema" not in files:
+        if one.kind != "table" or len(files["files"]) == 1:
             listed = [{**file, "path": f"{one.name.partition(':')[0]}.parquet"} for file in files["files"]] if one.kind == "table" else files["files"]
             lay_out(packs, place, listed, one.address)
             return place if one.kind == "folder" else place / listed[0]["path"]

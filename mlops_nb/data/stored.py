@@ -8,6 +8,8 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ..core.errors import Invalid
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 # %% auto #0
-__all__ = ['AT_ONCE', 'PARTS', 'DETOUR', 'SMALL', 'put_parquet', 'opened', 'is_part', 'put_selection', 'put_table', 'read_stored',
-           'selected']
+__all__ = ['AT_ONCE', 'ROWS', 'PIECES', 'PARTS', 'DETOUR', 'SMALL', 'put_parquet', 'put_whole', 'opened', 'is_part',
+           'put_selection', 'put_table', 'read_stored', 'joined', 'selected']
 
 # %% ../../nbs/data/stored.ipynb #fbdfcb33
 def put_parquet(writer: Writer, table: pa.Table, path: str) -> dict:
@@ -39,6 +41,25 @@ def put_parquet(writer: Writer, table: pa.Table, path: str) -> dict:
 AT_ONCE = 1 << 30  # bytes of a file that are read in one go when all columns are wanted
 
 
+ROWS, PIECES = 1 << 20, 4
+
+
+def put_whole(writer: Writer, table: pa.Table) -> list[dict]:
+    "Keep a table as consecutive pieces, the next ones being written while one is cut into chunks."
+    from mlops_nb.data.tables import write_table
+
+    step = ROWS
+    while table.num_rows > step * PIECES:
+        step *= 2
+    pieces = [table.slice(start, step) for start in range(0, table.num_rows, step)] or [table]
+    if len(pieces) == 1:
+        return [put_parquet(writer, table, "rows-0.parquet")]
+    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+        drafts = [stack.enter_context(drafted(writer.packs.folder)) for _ in pieces]
+        written = [pool.submit(write_table, piece, draft) for piece, draft in zip(pieces, drafts)]
+        return [entry_of(f"rows-{i}.parquet", put_file(writer, draft)[0], 0) for i, (draft, done) in enumerate(zip(drafts, written)) if done.result() is None]
+
+
 def opened(packs: Packs, entry: dict, owner: str, *, whole: bool = False) -> pq.ParquetFile:
     "A stored Parquet file, its chunks verified as they are read; `whole` reads them all now, on all cores."
     import pyarrow as pa
@@ -49,7 +70,7 @@ def opened(packs: Packs, entry: dict, owner: str, *, whole: bool = False) -> pq.
     return pq.ParquetFile(pa.PythonFile(Content(packs, entry, owner), "r"))
 
 # %% ../../nbs/data/stored.ipynb #1c19703a
-PARTS, DETOUR = 8, 2.0
+PARTS, DETOUR = 12, 2.0
 
 
 def is_part(file: dict) -> bool:
@@ -98,7 +119,7 @@ def put_table(
         if files and rows.added - apart <= SMALL * sum(part["size"] for part in parts):
             writer = rows
         else:
-            at_once = {"files": [put_parquet(whole, table, "rows-0.parquet")]}
+            at_once = {"files": put_whole(whole, table)}
             writer, files = (rows, files) if files and rows.added < whole.added else (whole, at_once)
         entry = listed(writer, files)
         writer.finish()
@@ -126,13 +147,19 @@ def read_stored(
     condition, needed = parse(where, schema, owner) if where else (None, [])
     if "schema" not in files:
         if condition is None:
-            return sources[0].read(columns=names).select(names)
+            return joined([source.read(columns=names).select(names) for source in sources])
         if b'"freq": "' in (schema.metadata or {}).get(KEY, b""):  # an index with a frequency keeps it only when no row goes
-            return filtered(sources[0].read(columns=list(dict.fromkeys([*names, *needed]))), condition, names)
-        table = pq.read_table(pa.PythonFile(Content(packs, parts[0], f"{owner} ({parts[0]['path']})"), "r"), columns=names, filters=condition)
-        return filtered(table.select(names), None)
+            return filtered(joined([source.read(columns=list(dict.fromkeys([*names, *needed]))) for source in sources]), condition, names)
+        files_of = [pa.PythonFile(Content(packs, part, f"{owner} ({part['path']})"), "r") for part in parts]
+        return filtered(joined([pq.read_table(file, columns=names, filters=condition).select(names) for file in files_of]), None)
     whole = selected(packs, files, dict(zip([part["path"] for part in parts], sources)), schema, list(dict.fromkeys([*names, *needed])), owner)
     return whole if condition is None else filtered(whole, condition, names)
+
+
+def joined(tables: list[pa.Table]) -> pa.Table:
+    import pyarrow as pa
+
+    return tables[0] if len(tables) == 1 else pa.concat_tables(tables)
 
 
 def selected(packs: Packs, files: dict, parts: dict[str, pq.ParquetFile], schema: pa.Schema, names: list[str], owner: str) -> pa.Table:

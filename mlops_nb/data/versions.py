@@ -218,6 +218,7 @@ def commit(
     facts: dict,  # digest, kind, rows, columns, size_bytes, added_bytes, listing
     *,
     after: int | None = None,  # only when this is still the newest version
+    files: list[dict] | None = None,  # what the listing says, where the caller has it at hand
     **more: object,  # message, key, …
 ) -> Version:
     "Make what is already in the packs the next version; `Conflict` when somebody else was faster and `after` was given."
@@ -229,9 +230,11 @@ def commit(
             return version_of(last, new=False)
         if after is not None and max(there, default=0) != after:
             raise Conflict(f"{name} is at version {max(there, default=0)} now, not {after}: somebody saved in the meantime; look at diff({name}@{after}, {name}) and try again.")
-        if packs.lacks(chunks_of(facts, packs)):
+        needed = chunks_of(facts, packs) if files is None else {digest for file in [facts["listing"], *files] for digest, _ in file["chunks"]}
+        if packs.lacks(needed):
             raise Conflict(f"the data store was cleaned up while {name} was being saved; save it again.")
-        number = max(there, default=0) + 1
+        given = {} if ":" in name else manifests(f"{name}:remote")  # a number that the remote has given is not given again
+        number = max([*there, *given], default=0) + 1
         parent = more.pop("parent", "") or (f"{name}@{number - 1}" if number > 1 else "")
         whole = {"format": FORMAT, "name": name, "version": number, **facts, "parent": parent,
                  **{"message": "", "key": "", **more}, **circumstances()}
