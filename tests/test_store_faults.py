@@ -223,3 +223,52 @@ def test_old_drafts_are_swept_young_ones_are_not(shop, orders):
         os.utime(drafts / name, (time.time() - age_s,) * 2)
     save(orders.head(2), "t")
     assert [path.name for path in drafts.iterdir()] == ["young"]
+
+
+def test_killed_at_every_step_of_going_back_merging_dropping_and_cleaning_up(shop):
+    """SIGKILL at the 1st, 2nd, 3rd … call that changes the disk; after each the versions that were there are good."""
+    deaths = forked(shop, """
+from mlops_nb.data.branches import drop, merge, rollback, tag
+from mlops_nb.data.upkeep import gc, verify as whole
+import mlops_nb.data.selection, mlops_nb.data.merging
+frames = [pd.DataFrame({"id": range(300 - i), "x": values(0, i)[:300 - i]}) for i in range(3)]
+
+def prepare():
+    for frame in frames:
+        save(frame, "t", key="id")
+    save(frames[0].assign(x=1.0), "t:b"), save(frames[0].assign(y=2.0), "t:c")
+
+def work():
+    rollback("t@1"), tag("t@2", "gold"), merge("t:c"), drop("t:b"), gc(grace_days=0), gc(grace_days=0)
+
+def work_until(at):
+    count = 0
+    def deadly(call):
+        def counted(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+        return counted
+    for name in ["replace", "fsync", "chmod", "fchmod", "mkdir", "open", "unlink", "fdopen", "close", "rmdir", "utime"]:
+        setattr(os, name, deadly(getattr(os, name)))
+    work()
+
+def good():
+    for number, frame in enumerate(frames, 1):
+        pd.testing.assert_frame_equal(load(f"t@{number}"), frame)
+    assert whole().passed
+
+assert ended(child(prepare)) == 0
+at, code = 0, -9
+while code == -9:
+    at += 5  # every fifth: the cases in between are alike
+    code = ended(child(lambda: work_until(at)))
+    assert code in (0, -9, 1) and at < 1000, (at, code)
+    assert ended(child(good)) == 0, at
+    if code == 1:
+        code = -9 if at < 200 else 0  # the branch is gone already: what was done before the kill stays done
+print(at)
+""")
+    assert int(deaths[0]) > 10

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import operator
+from functools import reduce
 from typing import TYPE_CHECKING
 
 from ..core.errors import Invalid, known
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow.compute as pc
 
 # %% auto #0
-__all__ = ['COMPARE', 'EXPECTED', 'Condition', 'parse', 'filtered']
+__all__ = ['COMPARE', 'EXPECTED', 'FLIPPED', 'Condition', 'comparison', 'logic', 'parse', 'filtered']
 
 # %% ../../nbs/data/filters.ipynb #993e0556
 COMPARE = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge}
@@ -25,16 +26,12 @@ EXPECTED = "expected something like \"Quantity > 0 and Country in ('France', 'Sp
 
 
 class Condition:
-    "A parsed condition over the columns of a schema."
+    "The text of a condition and the schema that it is about; `needed` gathers the columns."
 
     def __init__(self, text: str, schema: pa.Schema, what: str):
         from mlops_nb.data.tables import labels_of
 
         self.text, self.schema, self.what, self.labels, self.needed = text, schema, what, labels_of(schema), []
-        try:
-            self.expression = self.logic(ast.parse(text, mode="eval").body)
-        except SyntaxError as error:
-            raise Invalid(f"where = {text!r} cannot be read ({error.msg}); {EXPECTED}.") from None
 
     def refuse(self, node: ast.AST) -> Invalid:
         return Invalid(f"where = {self.text!r} has {ast.unparse(node)!r}, which is no condition on columns; {EXPECTED}.")
@@ -58,64 +55,66 @@ class Condition:
         kind = self.schema.field(name).type
         try:
             given = ast.literal_eval(node)
+        except ValueError:
+            raise self.refuse(node) from None
+        try:
             if isinstance(given, str) and (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
                 import pandas as pd
                 moment = pd.Timestamp(given)
                 given = moment.tz_localize(kind.tz) if pa.types.is_timestamp(kind) and kind.tz and moment.tzinfo is None else moment
             scalar = pa.scalar(given)
             return scalar if pa.types.is_floating(scalar.type) and pa.types.is_integer(kind) else scalar.cast(kind)
-        except (ValueError, pa.ArrowException) as error:
-            if isinstance(error, pa.ArrowException) or isinstance(node, ast.Constant):
-                raise Invalid(f"where = {self.text!r} compares {name!r}, which holds {kind}, with {ast.unparse(node)}; give a value of that type.") from None
-            raise self.refuse(node) from None
+        except (ValueError, pa.ArrowException):
+            raise Invalid(f"where = {self.text!r} compares {name!r}, which holds {kind}, with {ast.unparse(node)}; give a value of that type.") from None
 
-    def comparison(self, left: ast.AST, operation: ast.AST, right: ast.AST) -> pc.Expression:
-        import pyarrow as pa
-        import pyarrow.compute as pc
+# %% ../../nbs/data/filters.ipynb #fd7564dd
+FLIPPED = {ast.Lt: ast.Gt, ast.Gt: ast.Lt, ast.LtE: ast.GtE, ast.GtE: ast.LtE, ast.Eq: ast.Eq, ast.NotEq: ast.NotEq}
 
-        if (name := self.column(left)) is None:
-            flipped = {ast.Lt: ast.Gt(), ast.Gt: ast.Lt(), ast.LtE: ast.GtE(), ast.GtE: ast.LtE(), ast.Eq: ast.Eq(), ast.NotEq: ast.NotEq()}
-            if self.column(right) is None or type(operation) not in flipped:
-                raise self.refuse(left)
-            return self.comparison(right, flipped[type(operation)], left)
-        field = pc.field(name)
-        if type(operation) in COMPARE:
-            if (other := self.column(right)) is not None:
-                return COMPARE[type(operation)](field, pc.field(other))
-            return COMPARE[type(operation)](field, pc.scalar(self.value(right, name)))
-        if isinstance(operation, (ast.In, ast.NotIn)) and isinstance(right, (ast.List, ast.Tuple, ast.Set)):
-            inside = field.isin(pa.array([self.value(one, name).as_py() for one in right.elts], self.schema.field(name).type))
-            return inside if isinstance(operation, ast.In) else ~inside
-        if isinstance(operation, (ast.Is, ast.IsNot)) and isinstance(right, ast.Constant) and right.value is None:
-            return field.is_null(nan_is_null=True) if isinstance(operation, ast.Is) else ~field.is_null(nan_is_null=True)
-        raise self.refuse(right)
 
-    def logic(self, node: ast.AST) -> pc.Expression:
-        import pyarrow.compute as pc
+def comparison(about: Condition, left: ast.AST, operation: ast.AST, right: ast.AST) -> pc.Expression:
+    "A column compared with a value, a list, None or another column."
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
-        if isinstance(node, ast.BoolOp):
-            together = operator.and_ if isinstance(node.op, ast.And) else operator.or_
-            first, *rest = [self.logic(one) for one in node.values]
-            for one in rest:
-                first = together(first, one)
-            return first
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            return ~self.logic(node.operand)
-        if isinstance(node, ast.Compare):
-            terms = [node.left, *node.comparators]
-            first, *rest = [self.comparison(a, op, b) for a, op, b in zip(terms, node.ops, terms[1:])]
-            for one in rest:
-                first = first & one
-            return first
-        if (name := self.column(node)) is not None:
-            return pc.field(name)
-        raise self.refuse(node)
+    if (name := about.column(left)) is None:
+        if about.column(right) is None or type(operation) not in FLIPPED:
+            raise about.refuse(left)
+        return comparison(about, right, FLIPPED[type(operation)](), left)
+    field = pc.field(name)
+    if type(operation) in COMPARE:
+        other = about.column(right)
+        return COMPARE[type(operation)](field, pc.scalar(about.value(right, name)) if other is None else pc.field(other))
+    if isinstance(operation, (ast.In, ast.NotIn)) and isinstance(right, (ast.List, ast.Tuple, ast.Set)):
+        inside = field.isin(pa.array([about.value(one, name).as_py() for one in right.elts], about.schema.field(name).type))
+        return inside if isinstance(operation, ast.In) else ~inside
+    if isinstance(operation, (ast.Is, ast.IsNot)) and isinstance(right, ast.Constant) and right.value is None:
+        return field.is_null(nan_is_null=True) if isinstance(operation, ast.Is) else ~field.is_null(nan_is_null=True)
+    raise about.refuse(right)
+
+
+def logic(about: Condition, node: ast.AST) -> pc.Expression:
+    "A condition with `and`, `or` and `not`."
+    import pyarrow.compute as pc
+
+    if isinstance(node, ast.BoolOp):
+        return reduce(operator.and_ if isinstance(node.op, ast.And) else operator.or_, [logic(about, one) for one in node.values])
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return ~logic(about, node.operand)
+    if isinstance(node, ast.Compare):
+        terms = [node.left, *node.comparators]
+        return reduce(operator.and_, [comparison(about, a, op, b) for a, op, b in zip(terms, node.ops, terms[1:])])
+    if (name := about.column(node)) is not None:
+        return pc.field(name)
+    raise about.refuse(node)
 
 
 def parse(text: str, schema: pa.Schema, what: str = "this table") -> tuple[pc.Expression, list[str]]:
     "The expression of a condition and the physical columns it needs; `Invalid` names what cannot be read."
-    condition = Condition(text, schema, what)
-    return condition.expression, condition.needed
+    about = Condition(text, schema, what)
+    try:
+        return logic(about, ast.parse(text, mode="eval").body), about.needed
+    except SyntaxError as error:
+        raise Invalid(f"where = {text!r} cannot be read ({error.msg}); {EXPECTED}.") from None
 
 # %% ../../nbs/data/filters.ipynb #239e2113
 def filtered(table: pa.Table, condition: pc.Expression | None, names: list[str] | None = None) -> pa.Table:

@@ -23,7 +23,7 @@ from ..core.files import digest_of, disk_faults, sync_folder
 
 # %% auto #0
 __all__ = ['MAGIC', 'TRAILER', 'RECORD', 'RECORD_BYTES', 'DRAFT_LIFE_S', 'PACK_BYTES', 'index_bytes', 'read_index', 'opened',
-           'index_of', 'index_at', 'entries', 'piece_at', 'sound_index', 'merged', 'Packs', 'sweep', 'drafted',
+           'index_of', 'index_at', 'entries', 'piece_at', 'sound_index', 'merged', 'Packs', 'harm', 'sweep', 'drafted',
            'Writer', 'trying', 'writing']
 
 # %% ../../nbs/data/packs.ipynb #119711dc
@@ -150,14 +150,6 @@ class Packs:
                 return piece
         return None
 
-    def read_into(self, digest: str, place: memoryview) -> bool:
-        "Fill a place with the first copy of a chunk, unverified; whether there was one of that length."
-        path, offset, length = next(self.copies(digest), (None, 0, 0))
-        if path is None or length != len(place):
-            return False
-        file = opened(path)
-        return os.preadv(file.fileno(), [place], offset) == length
-
     def read(self, digest: str, owner: str = "this file") -> bytes:
         "The bytes of a chunk; `Invalid` names whose it is when it is missing or damaged."
         piece = self.good_copy(digest)
@@ -165,10 +157,13 @@ class Packs:
             self.refresh()
             piece = self.good_copy(digest)
         if piece is None:
-            missing = next(self.copies(digest), None) is None
-            raise Invalid(f"{owner} is {'incomplete' if missing else 'damaged'}: chunk {digest[:12]} {'is missing' if missing else 'no longer holds the bytes it was saved with'}; "
-                          "pull it from the remote, restore the store from a backup, or save the same data again.")
+            raise harm(digest, owner, missing=next(self.copies(digest), None) is None)
         return piece
+
+
+def harm(digest: str, owner: str, *, missing: bool) -> Invalid:
+    state = ("incomplete", "is missing") if missing else ("damaged", "no longer holds the bytes it was saved with")
+    return Invalid(f"{owner} is {state[0]}: chunk {digest[:12]} {state[1]}; pull it from the remote, restore the store from a backup, or save the same data again.")
 
 # %% ../../nbs/data/packs.ipynb #d7b9a3e7
 DRAFT_LIFE_S = 24 * 3600

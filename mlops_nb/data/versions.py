@@ -230,8 +230,8 @@ def commit(
             return version_of(last, new=False)
         if after is not None and max(there, default=0) != after:
             raise Conflict(f"{name} is at version {max(there, default=0)} now, not {after}: somebody saved in the meantime; look at diff({name}@{after}, {name}) and try again.")
-        needed = chunks_of(facts, packs) if files is None else {digest for file in [facts["listing"], *files] for digest, _ in file["chunks"]}
-        if packs.lacks(needed):
+        listed = {digest for digest, _ in facts.get("listing", {}).get("chunks", [])}
+        if packs.lacks(listed) or packs.lacks(chunks_of(facts, packs) if files is None else {digest for file in files for digest, _ in file["chunks"]}):
             raise Conflict(f"the data store was cleaned up while {name} was being saved; save it again.")
         given = {} if ":" in name else manifests(f"{name}:remote")  # a number that the remote has given is not given again
         number = max([*there, *given], default=0) + 1
