@@ -106,13 +106,13 @@ def forked(shop, script):
     return done.stdout.split()
 
 
-def test_four_writers_at_once_all_land(shop):
+def test_eight_writers_at_once_all_land(shop):
     forked(shop, """
-writers = [child(lambda who=who: write(who, 5)) for who in range(4)]
-assert [ended(pid) for pid in writers] == [0] * 4
-assert ended(child(lambda: verify(20))) == 0
+writers = [child(lambda who=who: write(who, 3)) for who in range(8)]
+assert [ended(pid) for pid in writers] == [0] * 8
+assert ended(child(lambda: verify(24))) == 0
 """)
-    assert {one.message for one in versions("orders")} == {f"{who}:{i}" for who in range(4) for i in range(5)}
+    assert {one.message for one in versions("orders")} == {f"{who}:{i}" for who in range(8) for i in range(3)}
 
 
 def test_killed_at_any_time_every_version_is_good(shop):

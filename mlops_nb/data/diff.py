@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # %% auto #0
-__all__ = ['TABLES', 'PER_COLUMN', 'SAMPLE', 'SHOWN', 'LISTED', 'side', 'named', 'type_name', 'columns_changed', 'cells_changed',
-           'cell_text', 'cells_sample', 'rows_sample', 'key_of', 'shifts_of', 'tables_compared', 'said', 'listing',
-           'same_bytes', 'files_changed', 'folders_compared', 'diff']
+__all__ = ['TABLES', 'UNNAMED', 'PER_COLUMN', 'SAMPLE', 'SHOWN', 'LISTED', 'side', 'named', 'type_name', 'columns_changed',
+           'cells_changed', 'cell_text', 'cells_sample', 'rows_sample', 'key_of', 'shifts_of', 'tables_compared',
+           'said', 'listing', 'same_bytes', 'files_changed', 'folders_compared', 'diff']
 
 # %% ../../nbs/data/diff.ipynb #91deea25
 TABLES = (".parquet", ".csv", ".csv.gz")
@@ -51,9 +51,12 @@ def side(data: object, name: str) -> tuple[pa.Table | Path, str, str]:
     return path, name, key
 
 
+UNNAMED = "index (unnamed)"
+
+
 def named(table: pa.Table) -> pa.Table:
     "The columns of a pandas index under readable names."
-    names = [f"index {name[8:-2]}".removesuffix(" 0") if name.startswith("__index_") else name for name in table.column_names]
+    names = [UNNAMED if name == "__index_0__" else f"index {name[8:-2]}" if name.startswith("__index_") else name for name in table.column_names]
     return table.rename_columns(names) if len(set(names)) == len(names) else table
 
 # %% ../../nbs/data/diff.ipynb #76869f1d
@@ -164,6 +167,8 @@ def tables_compared(old: tuple, new: tuple, key: str) -> dict:
 
     names, found, why = key_of(key, old, new)
     (before, _, _), (after, _, _) = old, new
+    if (UNNAMED in before.column_names) != (UNNAMED in after.column_names):  # filtering a plain frame leaves such labels: where its rows were, no new column
+        before, after = (table.drop_columns(UNNAMED) if UNNAMED in table.column_names else table for table in (before, after))
     schema = columns_changed(before, after)
     common = [name for name in before.column_names if name in after.column_names and name not in names]
     comparable = [name for name in common if aligned(before[name].slice(0, 0), after[name].slice(0, 0)) is not None]
