@@ -218,7 +218,7 @@ def test_every_mistake_gets_one_sentence(shop):
         (NotFound, r"no data set 'order'; did you mean orders\?", lambda: check("order")),
         (NotFound, r"'orders' has no '4'; there are: 1", lambda: check("orders@4")),
         (NotFound, r"there is no file", lambda: check("orders.csv")),
-        (Invalid, r"torn.parquet is not a readable Parquet file", lambda: check(shop / "torn.parquet")),
+        (Invalid, r"torn.parquet (is not a readable|cannot be read as) Parquet", lambda: check(shop / "torn.parquet")),
         (Invalid, r"text.csv is not a readable CSV file", lambda: check(shop / "text.csv")),
         (Invalid, r"Series is not a table", lambda: check(frame["amount"])),
         (Invalid, r"not a table \(settings.ini\)", lambda: check("settings.ini" if Path("settings.ini").exists() else shop / "settings.ini")),
