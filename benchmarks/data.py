@@ -209,35 +209,34 @@ def folders(folder: Path) -> list[Figure]:
 
 
 MEMORY = """
-import resource, sys
+import gc, sys
 sys.path.insert(0, sys.argv[1])
+import pyarrow, pyarrow.parquet, mlops_nb.data.stored, mlops_nb.data.selection, mlops_nb.data.fingerprint
 from benchmarks.data import table
-import pyarrow.parquet, mlops_nb.data.stored, mlops_nb.data.selection, mlops_nb.data.fingerprint
 from mlops_nb.data.store import save
 frame = table()
 save(frame.head(1000), "warm-up")
-import gc, pyarrow; gc.collect(); pyarrow.default_memory_pool().release_unused()
-size = frame.memory_usage(deep=True).sum()
+gc.collect(), pyarrow.default_memory_pool().release_unused()
+size, data = frame.memory_usage(deep=True).sum(), frame if sys.argv[2] == "first" else frame.iloc[:-1000]
 open("/proc/self/clear_refs", "w").write("5")
 now = int(open("/proc/self/statm").read().split()[1]) * 4096
-save(frame, "memory")
-first = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
-open("/proc/self/clear_refs", "w").write("5")
-save(frame.iloc[:-1000], "memory")
-second = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
-print((first - now + size) / size, (second - now + size) / size)
+save(data, "memory")
+peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+print((peak - now + size) / size)
 """
 
 
 def memory(folder: Path) -> list[Figure]:
-    """The peak of a save, the frame itself included, in a process of its own (Linux)."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", MEMORY, str(Path(__file__).parent.parent)], cwd=folder, capture_output=True, text=True, env={**os.environ, "MLOPS_PROGRESS": "0"})
-    if done.returncode:
-        print(done.stderr[-800:])
-        return []
-    first, second = map(float, done.stdout.split())
-    limit = lambda name, ratio: Figure(name, ratio, "the frame in memory", 1.0, ratio, "at most 1.5 of it", ratio <= 1.5, "times the frame")
-    return [limit("peak memory of a first save", first), limit("peak memory of saving an edited version", second)]
+    """The peak of a save, the frame itself included, each in a process of its own (Linux)."""
+    figures = []
+    for what, promise in (("first", "peak memory of a first save"), ("edited", "peak memory of saving an edited version")):
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", MEMORY, str(Path(__file__).parent.parent), what], cwd=folder, capture_output=True, text=True, env={**os.environ, "MLOPS_PROGRESS": "0"})
+        if done.returncode:
+            print(done.stderr[-800:])
+            continue
+        ratio = float(done.stdout)
+        figures.append(Figure(promise, ratio, "the frame in memory", 1.0, ratio, "at most 1.5 of it", ratio <= 1.5, "times the frame"))
+    return figures
 
 
 def main() -> None:
