@@ -17,17 +17,22 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['STRONG', 'SAMPLED_ROWS', 'MOST_COLUMNS', 'CLEAR', 'MINOR', 'MOST_BROKEN', 'EXPLAINED', 'TOGETHER', 'BEST', 'BUDGET',
-           'codes_of', 'joined', 'strength', 'Rule', 'sampled', 'comparable', 'rules', 'broken', 'explained', 'accused',
-           'worth', 'broken_cells']
+__all__ = ['LOOKED_AT', 'STRONG', 'SAMPLED_ROWS', 'MOST_COLUMNS', 'CLEAR', 'MINOR', 'MOST_BROKEN', 'EXPLAINED', 'TOGETHER',
+           'BEST', 'BUDGET', 'codes_of', 'joined', 'strength', 'Rule', 'sampled', 'comparable', 'rules', 'broken',
+           'explained', 'accused', 'worth', 'broken_cells']
 
 # %% ../../nbs/data/dependencies.ipynb #d5866ee3
+LOOKED_AT = 10_000
+
+
 def codes_of(values: pd.Series) -> np.ndarray | None:
-    "Equal cells have equal whole numbers, gaps -1; None when cells cannot be compared."
+    "Equal cells have equal whole numbers, gaps -1; None when cells cannot be compared, or are many and nearly all differ."
     import numpy as np
     import pandas as pd
 
     try:
+        if len(values) > 10 * LOOKED_AT and (few := values.iloc[::len(values) // LOOKED_AT]).nunique(dropna=False) >= 0.99 * len(few):
+            return None  # an identifier: its table of codes would take more memory than the column
         return pd.factorize(values)[0].astype(np.int64, copy=False)
     except (TypeError, NotImplementedError):
         return None
