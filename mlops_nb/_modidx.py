@@ -907,6 +907,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mlops_nb.data.versions.delta_table': ( 'data/versions.html#delta_table',
                                                                                 'mlops_nb/data/versions.py'),
                                         'mlops_nb.data.versions.git_commit': ('data/versions.html#git_commit', 'mlops_nb/data/versions.py'),
+                                        'mlops_nb.data.versions.kept_here': ('data/versions.html#kept_here', 'mlops_nb/data/versions.py'),
                                         'mlops_nb.data.versions.listing': ('data/versions.html#listing', 'mlops_nb/data/versions.py'),
                                         'mlops_nb.data.versions.manifest': ('data/versions.html#manifest', 'mlops_nb/data/versions.py'),
                                         'mlops_nb.data.versions.manifest_of': ( 'data/versions.html#manifest_of',

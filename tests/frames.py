@@ -1,6 +1,27 @@
-"""What it means for two frames to be the same."""
+"""A project to save frames in, real data to save, and what it means for two frames to be the same."""
+
+from pathlib import Path
 
 import pandas as pd
+import pytest
+
+from mlops_nb.core.settings import in_project, init
+
+DATA = Path(__file__).parent.parent / "examples" / "recommender" / "data"
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """An empty project called shop, without changing the working directory."""
+    init(str(tmp_path), name="shop")
+    with in_project(tmp_path):
+        yield tmp_path
+
+
+@pytest.fixture(scope="module")
+def orders():
+    """The small real data set."""
+    return pd.read_parquet(DATA / "online_retail_small.parquet")
 
 
 def same(one, two):

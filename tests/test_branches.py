@@ -7,22 +7,14 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from frames import same
+from frames import same, shop  # noqa: F401
 
 from mlops_nb.core.errors import Conflict, Invalid, NotFound
-from mlops_nb.core.settings import in_project, init
 from mlops_nb.data.branches import drop, merge, rollback, tag
 from mlops_nb.data.packs import writing
 from mlops_nb.data.store import load, log, save
 from mlops_nb.data.upkeep import gc, verify
 from mlops_nb.data.versions import branches, datasets, packs_of, store, version, versions
-
-
-@pytest.fixture
-def shop(tmp_path):
-    init(str(tmp_path), name="shop")
-    with in_project(tmp_path):
-        yield tmp_path
 
 
 def table(rows=3000, seed=0):

@@ -495,3 +495,15 @@ def test_a_table_in_a_bucket(shop, bucket):
     delta.register("other", f"{bucket}/nothing/here")
     with pytest.raises(NotFound, match="there is no Delta table at s3://lake/nothing/here"):
         delta.load("other")
+
+
+def test_what_a_delta_table_cannot_do_is_said(shop):  # noqa: F811
+    from mlops_nb.data.branches import merge
+    from mlops_nb.data.bundles import export
+    from mlops_nb.data.remotes import push
+    from mlops_nb.data.store import save as save_to
+
+    save_to(pd.DataFrame({"x": [1, 2]}), "sales", backend="delta")
+    for call in (lambda: push("sales", to=str(shop / "there")), lambda: export("sales@0"), lambda: merge("sales:b")):
+        with pytest.raises(Invalid, match="Delta Lake table|branch"):
+            call()

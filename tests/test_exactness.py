@@ -3,32 +3,15 @@
 import datetime as dt
 import sys
 from decimal import Decimal
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 
-from frames import same
+from frames import orders, same, shop  # noqa: F401
 from mlops_nb.core.errors import Unavailable
-from mlops_nb.core.settings import in_project, init
 from mlops_nb.data.store import load, save
-
-DATA = Path(__file__).parent.parent / "examples" / "recommender" / "data"
-
-
-@pytest.fixture
-def shop(tmp_path):
-    init(str(tmp_path), name="shop")
-    with in_project(tmp_path):
-        yield tmp_path
-
-
-@pytest.fixture(scope="module")
-def orders():
-    return pd.read_parquet(DATA / "online_retail_small.parquet")
-
 
 when = pd.Timestamp("2011-03-27 00:30")
 COLUMNS = {

@@ -5,32 +5,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 
-from frames import same
+from frames import DATA, orders, same, shop  # noqa: F401
 from mlops_nb.core.errors import Conflict, Invalid, MlopsError, NotFound, Unavailable
-from mlops_nb.core.settings import in_project, init
 from mlops_nb.data.store import as_frame, load, log, save
 from mlops_nb.data.versions import datasets, manifests, store, version, versions
-
-DATA = Path(__file__).parent.parent / "examples" / "recommender" / "data"
-
-
-@pytest.fixture
-def shop(tmp_path):
-    init(str(tmp_path), name="shop")
-    with in_project(tmp_path):
-        yield tmp_path
-
-
-@pytest.fixture(scope="module")
-def orders():
-    return pd.read_parquet(DATA / "online_retail_small.parquet")
 
 
 def test_versions_count_up_and_identical_data_make_none(shop, orders):

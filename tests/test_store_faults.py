@@ -5,32 +5,16 @@ import random
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from frames import same
+from frames import DATA, orders, same, shop  # noqa: F401
 from mlops_nb.core.errors import Conflict, Invalid, Unavailable
-from mlops_nb.core.settings import in_project, init
 from mlops_nb.data.store import load, save
 from mlops_nb.data.upkeep import verify
 from mlops_nb.data.versions import datasets, packs_of, store, versions
-
-DATA = Path(__file__).parent.parent / "examples" / "recommender" / "data"
-
-
-@pytest.fixture
-def shop(tmp_path):
-    init(str(tmp_path), name="shop")
-    with in_project(tmp_path):
-        yield tmp_path
-
-
-@pytest.fixture(scope="module")
-def orders():
-    return pd.read_parquet(DATA / "online_retail_small.parquet")
 
 
 def test_a_flipped_byte_anywhere_is_named_and_mended(shop, orders):
@@ -67,6 +51,7 @@ from mlops_nb.core.settings import in_project
 from mlops_nb.data.store import load, save
 from mlops_nb.data.versions import manifests, versions
 
+
 def child(call):
     "A process of its own, without the seconds that importing takes."
     if pid := os.fork():
@@ -81,6 +66,20 @@ def child(call):
 
 def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def die_at(at):
+    "SIGKILL at the so-manieth call that changes the disk."
+    count = 0
+    def deadly(call):
+        def counted(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+        return counted
+    for name in ["replace", "fsync", "chmod", "fchmod", "mkdir", "open", "unlink", "fdopen", "close", "rmdir", "utime"]:
+        setattr(os, name, deadly(getattr(os, name)))
 
 def values(who, i):
     return np.random.default_rng([who, i]).normal(size=20_000)
@@ -137,20 +136,8 @@ assert ended(child(verify)) == 0
 def test_killed_at_every_write_rename_and_sync(shop):
     """SIGKILL at the 1st, 2nd, 3rd … call that changes the disk, until a save gets through without meeting it."""
     deaths = forked(shop, """
-calls = ["replace", "fsync", "chmod", "fchmod", "mkdir", "open", "unlink", "fdopen", "close"]
-
 def save_until(at):
-    count = 0
-    def deadly(call):
-        def counted(*args, **kwargs):
-            nonlocal count
-            count += 1
-            if count == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **kwargs)
-        return counted
-    for name in calls:
-        setattr(os, name, deadly(getattr(os, name)))
+    die_at(at)
     write(1, 1)
 
 assert ended(child(lambda: write(0, 1))) == 0
@@ -242,17 +229,7 @@ def work():
     rollback("t@1"), tag("t@2", "gold"), merge("t:c"), drop("t:b"), gc(grace_days=0), gc(grace_days=0)
 
 def work_until(at):
-    count = 0
-    def deadly(call):
-        def counted(*args, **kwargs):
-            nonlocal count
-            count += 1
-            if count == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **kwargs)
-        return counted
-    for name in ["replace", "fsync", "chmod", "fchmod", "mkdir", "open", "unlink", "fdopen", "close", "rmdir", "utime"]:
-        setattr(os, name, deadly(getattr(os, name)))
+    die_at(at)
     work()
 
 def good():

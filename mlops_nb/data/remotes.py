@@ -18,8 +18,8 @@ from ..core.files import disk_faults, write_atomic, write_json
 from ..core.report import Report
 from .packs import Packs, writing
 from .transfer import Remote, fetch, in_parallel, known_packs, reaching, remote_at, send
-from .versions import (FORMAT, branches, chunks_of, content_digest, datasets, listing, manifest, manifests, newest, packs_of, place_of, seal, store, store_lock,
-                                    tags, version, version_of)
+from .versions import (FORMAT, branches, chunks_of, content_digest, datasets, kept_here, listing, manifest, manifests, newest, packs_of, place_of, seal, store,
+                                    store_lock, tags, version, version_of)
 
 # %% auto #0
 __all__ = ['LINE', 'folder_of', 'aside', 'lines_there', 'put_there', 'lines_here', 'sound', 'inside', 'Line', 'compared',
@@ -223,6 +223,8 @@ def push(
     to: str = "",  # a URL or folder; empty: [data] remote
 ) -> Report:
     "Send versions to the remote; `Conflict` when somebody else was there first, with what to do."
+    if name:
+        kept_here(name.partition("@")[0])
     remote, packs, upto = remote_at(to), packs_of(), version(name).version if "@" in name else None
     with reaching(remote.url, remote.scheme):
         there = lines_there(remote, name)

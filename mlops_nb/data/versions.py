@@ -24,8 +24,8 @@ from .packs import Packs, Writer
 
 # %% auto #0
 __all__ = ['FORMAT', 'Version', 'store', 'packs_of', 'place_of', 'manifests', 'branches', 'delta_table', 'datasets', 'seal',
-           'content_digest', 'manifest', 'manifest_of', 'listing', 'put_listing', 'chunks_of', 'user', 'git_commit',
-           'circumstances', 'tags', 'version_of', 'newest', 'store_lock', 'commit', 'versions', 'version']
+           'content_digest', 'manifest', 'kept_here', 'manifest_of', 'listing', 'put_listing', 'chunks_of', 'user',
+           'git_commit', 'circumstances', 'tags', 'version_of', 'newest', 'store_lock', 'commit', 'versions', 'version']
 
 # %% ../../nbs/data/versions.ipynb #89bb2ad7
 @dataclass(frozen=True)
@@ -136,7 +136,14 @@ def manifest(name: str, number: int, path: Path) -> dict:
     return facts
 
 
+def kept_here(name: str) -> None:
+    "`Invalid` for a Delta Lake table, which has no manifests in the store."
+    if delta_table(name):
+        raise Invalid(f"{name} is a Delta Lake table and not in the data store; copy, share and clean it up with its own tools, or save what load({name!r}) gives under another name.")
+
+
 def manifest_of(one: Version) -> dict:
+    kept_here(one.name)
     return manifest(one.name, one.version, manifests(one.name)[one.version])
 
 
