@@ -352,7 +352,7 @@ def test_a_dask_cluster_says_the_same(shop, monkeypatch):
     pq.write_table(pq.read_table(SMALL), shop / "orders.parquet", row_group_size=20_000)
     monkeypatch.setattr("mlops_nb.data.streams.PART_BYTES", 1)  # every row group its own part
     here = streamed_check(shop / "orders.parquet")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=False, host="127.0.0.1", protocol="tcp://", dashboard_address=None) as cluster:
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", protocol="tcp://", dashboard_address=None) as cluster:
         (shop / "settings.ini").write_text(f"[project]\nname = shop\n[cluster]\ndask = {cluster.scheduler_address}\n")
         there = streamed_check(shop / "orders.parquet")
         assert there.facts == here.facts and len(parts_of(shop / "orders.parquet")[0]) == 6
