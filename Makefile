@@ -9,7 +9,7 @@ export DO_NOT_TRACK := 1
 # uv is faster where it is present; pip does the same.
 INSTALL = $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
 
-.PHONY: demo test check-source notebooks pytest docs bench build browser clean help
+.PHONY: demo test check-source notebooks pytest docs bench build browser schedulers clean help
 
 help:
 	@echo "make demo   the founding example, end to end"; echo "make test   everything that CI runs"; echo "make docs   the site, into _docs/"; echo "make bench  the figures, against their peers"
@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(shell git ls-files
 demo: $(VENV)/.installed
 	@mlops --project . run examples/recommender
 
-test: $(VENV)/.installed check-source notebooks browser pytest
+test: $(VENV)/.installed check-source notebooks browser schedulers pytest
 
 check-source: $(VENV)/.installed
 	nbdev-export
@@ -40,6 +40,9 @@ notebooks: $(VENV)/.installed
 
 browser:
 	@$(BIN)/python tests/browser.py --install
+
+schedulers:  # the tools that read our exported schedules; without them their tests are skipped
+	-@$(BIN)/python tests/test_exports.py --install
 
 pytest: $(VENV)/.installed
 	MLOPS_PROGRESS=0 pytest -n 2 --dist loadfile

@@ -71,7 +71,7 @@ def test_a_card_quotes_a_failed_gate_and_does_not_fail_itself(buys, tmp_path, mo
     report = card("buys@2")
     assert not report.judges and not list(all_checks(report.facts)), "a card gives no verdict of its own"
     assert report.facts["quantitative analyses"]["gates"][0]["held"] == "NO"
-    assert {path.name for path in (tmp_path / "step").iterdir()} == {"card-buys@2.html", "card-buys@2.json", "card-buys@2.md"}
+    assert {path.name for path in (tmp_path / "step").iterdir()} == {"card-buys@2.html", "card-buys@2.json", "card-buys@2.md", "models_used.jsonl"}
 
 
 def test_what_nobody_wrote_is_marked_and_what_somebody_wrote_stays(buys, tmp_path):

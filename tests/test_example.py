@@ -95,10 +95,17 @@ def test_no_secret_is_written_anywhere(world, first):
             assert not any(token in content for token in tokens if len(token) > 15), path
 
 
+def test_when_nothing_changed_only_what_looks_outside_runs(world, first):
+    code, facts, err = mlops(world, "run", "examples/recommender", "-p", "orders=data/online_retail_small.parquet", "-p", "max_iter=80")
+    assert code == 0, err
+    assert {row["step"] for row in facts["steps"] if row["verdict"] == "passed"} == {"deploy", "monitor"}, facts["steps"]
+    assert {row["verdict"] for row in facts["steps"]} == {"passed", "cached"}
+
+
 def test_a_second_run_challenges_the_champion(world, first):
     model = mlops(world, "status")[1]["models"][0]
     champion, challenger = model["aliases"]["champion"], model["version"] + 1
-    code, facts, err = mlops(world, "run", "examples/recommender", "-p", "orders=data/online_retail_small.parquet", "-p", "max_iter=80")
+    code, facts, err = mlops(world, "run", "examples/recommender", "-p", "orders=data/online_retail_small.parquet", "-p", "max_iter=80", "--force")
     assert code == 0, err
     folder, _ = world
     verdict = json.loads(next((folder / ".mlops" / "runs").glob(f"*/validate/validate-recommender@{challenger}.json")).read_text())

@@ -18,10 +18,10 @@ import pytest
 from mlops_nb.core.errors import Conflict, GateFailed, Invalid, NotFound, RunFailed, Unavailable
 from mlops_nb.core.files import read_json
 from mlops_nb.core.settings import init
-from mlops_nb.pipeline import runs as runs_module
-from mlops_nb.pipeline.graph import Pipeline, diagram, references, resolved
-from mlops_nb.pipeline.notebook import arguments, execute, page, signature
-from mlops_nb.pipeline.runs import recent, run, runs
+from mlops_nb.pipeline.history import recent, runs
+from mlops_nb.pipeline.notebook import execute
+from mlops_nb.pipeline.pages import page
+from mlops_nb.pipeline.runs import run
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 
@@ -34,6 +34,7 @@ def shop(tmp_path, monkeypatch):
     init(folder, name="shop")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLOPS_PROGRESS", "0")
+    monkeypatch.setenv("MLOPS_TRACKING_RUNS", "no")
     return folder
 
 
@@ -51,7 +52,7 @@ def notebook(path, *cells):
 
 def in_background(code, **environment):
     "A runner in a process of its own."
-    return subprocess.Popen([sys.executable, "-c", f"from mlops_nb.pipeline.runs import run, runs\n{code}"], stderr=subprocess.PIPE, text=True,
+    return subprocess.Popen([sys.executable, "-c", f"from mlops_nb.pipeline.runs import run\n{code}"], stderr=subprocess.PIPE, text=True,
                             env={**os.environ, **environment})
 
 
@@ -70,67 +71,6 @@ def outputs_of_slow(folder):
     return read_json(found[0]) if found else None
 
 
-# --- signatures and values, no kernel -------------------------------------------------------------------------------------------------
-
-
-def test_a_signature_is_read_and_never_executed(tmp_path):
-    path = notebook(tmp_path / "a.ipynb", """%matplotlib inline
-from typing import Literal
-open("executed", "w")
-# how strong
-# the penalty is
-C: float = 1.0
-names: list[str] = ["a"]  # which ones
-kind: Literal["x", "y"] = "x"
-start = make_date()  # when
-a = b = 3
-limit: "int | None" = None""")
-    found = {one.name: (one.annotation, one.default, one.help) for one in signature(path)}
-    assert found == {"C": ("float", "1.0", "the penalty is"), "names": ("list[str]", "['a']", "which ones"), "kind": ("Literal['x', 'y']", "'x'", ""),
-                     "start": ("", "make_date()", "when"), "limit": ("'int | None'", "None", "")}
-    assert not Path("executed").exists()
-
-
-@pytest.mark.parametrize(("declared", "text", "value"), [
-    ("v = 1.5", "0.5", 0.5), ("v = 1.5", "1e-7", 1e-7), ("v = 1.5", "3", 3.0), ("v = 1", "10", 10), ("v = True", "false", False), ("v = True", "0", False),
-    ("v = ''", "10", "10"), ("v = ''", "'quoted'", "'quoted'"), ("v = ''", "None", "None"), ("v = ''", "", ""), ("v: str | None = None", "None", None),
-    ("v: str | None = None", "x", "x"), ("v: list[int] = []", "1,2", [1, 2]), ("v: list[str] = []", "1,2", ["1", "2"]), ("v: list[str] = []", "a", ["a"]),
-    ("v: dict[str, float] = {}", '{"a": 1}', {"a": 1.0}), ("v = {}", '{"a": [true, null]}', {"a": [True, None]}), ("v = None", "5", 5), ("v = None", "x y", "x y"),
-    ("v: Literal['a', 'b'] = 'a'", "b", "b"), ("v: pd.Timestamp = None", "2011-12-01", "2011-12-01"), ("v: Optional[int] = 3", "none", Invalid),
-    ("v = 1", "0.5", Invalid), ("v = 1", "a week", Invalid), ("v = 1.5", "", Invalid), ("v = True", "maybe", Invalid), ("v: Literal['a', 'b'] = 'a'", "c", Invalid),
-    ("v: list[int] = []", "a,b", Invalid), ("v = {}", "[1]", Invalid), ("v = {}", "{1: 2}", Invalid), ("v = None", "b'bytes'", "b'bytes'"),
-])
-def test_text_becomes_the_type_of_the_parameter_or_is_refused(tmp_path, declared, text, value):
-    takes = signature(notebook(tmp_path / "a.ipynb", declared))
-    if value is Invalid:
-        with pytest.raises(Invalid, match=r"a\.ipynb: v = .* does not fit; expected .* Its signature: a\.ipynb\(v"):
-            arguments(takes, {"v": text}, notebook="a.ipynb")
-    else:
-        found = arguments(takes, {"v": text})["v"]
-        assert found == value and type(found) is type(value)
-
-
-def test_an_unknown_parameter_is_refused_with_the_signature():
-    with pytest.raises(Invalid, match=r"add\.ipynb has no parameter 'c'; .* add\.ipynb\(a: int = 1, b: float = 2\.0\)"):
-        arguments(signature(NOTEBOOKS / "add.ipynb"), {"c": "1"}, notebook="add.ipynb")
-
-
-@pytest.mark.parametrize(("content", "error", "says"), [
-    ("{", Invalid, "damaged"), ('{"worksheets": []}', Invalid, "format 4"), ("[]", Invalid, "format 4"),
-    ('{"cells": [], "metadata": {"kernelspec": {"language": "R"}}}', Unavailable, "written in R"),
-    ('{"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "C = = 1"}]}', Invalid, "cannot be read"),
-])
-def test_a_file_that_is_no_usable_notebook_is_named(tmp_path, content, error, says):
-    (tmp_path / "bad.ipynb").write_text(content)
-    with pytest.raises(error, match=says):
-        signature(tmp_path / "bad.ipynb")
-
-
-def test_a_missing_notebook_says_which_there_are():
-    with pytest.raises(NotFound, match="did you mean add.ipynb"):
-        signature(NOTEBOOKS / "ad.ipynb")
-
-
 # --- the graph ------------------------------------------------------------------------------------------------------------------------
 
 GOOD = """
@@ -147,42 +87,6 @@ name = "first"
 notebook = "add.ipynb"
 params = { a = "{start}" }
 """
-
-
-def test_steps_come_after_those_they_refer_to_and_otherwise_as_written(shop):
-    assert [step.name for step in Pipeline.read(pipeline(shop, GOOD)).steps] == ["first", "second"]
-    text = "".join(f'[[step]]\nname = "{name}"\nnotebook = "add.ipynb"\nneeds = {needs}\n' for name, needs in (("a", []), ("b", ["a"]), ("c", []), ("d", ["b", "c"])))
-    assert [step.name for step in Pipeline.read(pipeline(shop, text)).steps] == ["a", "b", "c", "d"]
-
-
-@pytest.mark.parametrize(("right", "wrong", "error", "says"), [
-    ("", "", NotFound, "expected a pipeline.toml"), ("start = 3", "start =", Invalid, "cannot be read"), ("[pipeline]", "[pipelines]", Invalid, "did you mean pipeline"),
-    ("name = \"first\"", "name = \"second\"", Invalid, "two steps 'second'"), ("name = \"first\"", "nam = \"first\"", Invalid, "no key 'nam'; did you mean name"),
-    ("name = \"first\"", "name = \"fi/rst\"", Invalid, "cannot name a step"), ("name = \"first\"", "name = \"first\"\nretries = 2", Unavailable, "retries is not available yet"),
-    ("name = \"first\"", "name = \"first\"\nneeds = [\"zero\"]", Invalid, "waits for 'zero'"), ("name = \"first\"", "name = \"first\"\nneeds = \"zero\"", Invalid, "expected a list"),
-    ("name = \"first\"", "name = \"first\"\nneeds = [\"second\"]", Invalid, "in a circle"), ("name = \"first\"", "name = \"first\"\nneeds = [\"first\"]", Invalid, "in a circle"),
-    ("name = \"first\"", "name = \"first\"\ntimeout_s = -1", Invalid, "timeout_s = 0 or more"), ("notebook = \"add.ipynb\"", "", Invalid, "lacks 'notebook'"),
-    ("add.ipynb", "sum.ipynb", NotFound, "no notebook"), ("{start}", "{stat}", Invalid, "did you mean start"), ("{start}", "{start", Invalid, "brace"),
-    ("{start}", "{start:>3}", Invalid, "plain reference"), ("{start}", "7", Invalid, r"\[params\] start is used by no step"), ("start = 3", "start = 'x'", Invalid, "expected int"),
-    ("a = ", "c = ", Invalid, "has no parameter 'c'"), ("{first.total}", "many", Invalid, "step second: gate.ipynb: share = 'many' does not fit"),
-])
-def test_every_mistake_in_a_pipeline_is_found_before_anything_runs(shop, right, wrong, error, says):
-    file = pipeline(shop, GOOD.replace(right, wrong, 1))
-    with pytest.raises(error, match=says):
-        run(str(file) if right else "nothing.toml")
-    assert recent() == []
-
-
-def test_references_keep_the_type_and_doubled_braces_are_plain():
-    values = {"a.x": [1, 2], "n": 3}
-    assert resolved({"whole": "{a.x}", "part": ["n={n}"], "plain": "{{n}}", "empty": "", "number": 1.5}, values) == {
-        "whole": [1, 2], "part": ["n=3"], "plain": "{n}", "empty": "", "number": 1.5}
-    assert list(references({"one": "{a.x} and {n}", "two": ["{{no}}"]})) == ["a.x", "n"]
-
-
-def test_a_drawing_has_every_step_once_and_escapes_names(shop):
-    drawn = diagram(Pipeline.read(pipeline(shop, GOOD.replace('"two"', '"<two>"'))), {"first": "passed", "second": "failed"})
-    assert drawn.count("<rect") == 2 and drawn.count("<path") == 1 and "✓ first" in drawn and "✗ second" in drawn and "<two>" not in drawn
 
 
 def test_a_dry_run_fills_what_is_known_and_runs_nothing(shop):
@@ -207,7 +111,7 @@ def test_parameters_arrive_as_they_were_given_in_a_kernel_of_this_python(shop):
     assert (shop / "echo.ipynb").read_bytes() == before and dict(os.environ) == environment
     copy = nbformat.read(done.folder / "echo" / "echo.ipynb", as_version=4)
     assert "injected-parameters" in copy.cells[2].metadata["tags"]
-    assert sorted(path.name for path in (done.folder / "echo").iterdir()) == ["echo.ipynb", "echo.ipynb.html", "outputs.json"]
+    assert sorted(path.name for path in (done.folder / "echo").iterdir()) == ["echo.ipynb", "echo.ipynb.html", "events.jsonl", "outputs.json", "result.json"]
     assert done.steps[0]["report"] == f".mlops/runs/{done.id}/echo/echo.ipynb.html" and (shop / done.steps[0]["report"]).exists()
 
 
@@ -284,12 +188,14 @@ def test_a_second_run_is_refused_and_a_killed_one_is_known_to_be_dead(shop):
     kernel = wait_for(lambda: outputs_of_slow(shop))["pid"]
     started = recent()[0]
     assert started["status"] == "running"
-    with pytest.raises(Conflict, match=rf"another run \({started['id']} of slow, since {re.escape(started['started_at'])}\) is under way in"):
-        run("add.ipynb")
+    copy = shop / ".mlops" / "runs" / started["id"] / "slow" / "slow.ipynb"
+    wait_for(lambda: "'seen before the wait'\"" in copy.read_text())  # within a moment of the cell
+    with pytest.raises(Conflict, match=rf"another run \({started['id']}, since {re.escape(started['started_at'])}\) of slow is under way in"):
+        run("slow.ipynb")
     runner.kill()
     runner.communicate()
     assert [row["status"] for row in runs().facts["runs"]] == ["died"] and recent()[0]["id"] == started["id"]
-    left = nbformat.read(shop / ".mlops" / "runs" / started["id"] / "slow" / "slow.ipynb", as_version=4)
+    left = nbformat.read(copy, as_version=4)
     assert "seen before the wait" in str(left.cells[3].outputs), "the copy is readable and holds what was done"
     assert run("add.ipynb").passed
     assert [row["status"] for row in recent()] == ["passed", "died"]
@@ -309,8 +215,8 @@ def test_control_c_stops_cleanly_and_is_recorded(shop):
 
 
 def test_a_run_inside_a_run_is_refused(shop):
-    notebook(shop / "nested.ipynb", "x = 1", "from mlops_nb.pipeline.runs import run", "run('add.ipynb')")
-    with pytest.raises(RunFailed, match=r"another run \(.* of nested, since"):
+    notebook(shop / "nested.ipynb", "x = 1", "from mlops_nb.pipeline.runs import run", "run('nested.ipynb')")
+    with pytest.raises(RunFailed, match=r"another run \(.*\) of nested is under way"):
         run("nested.ipynb")
 
 
@@ -343,26 +249,8 @@ def test_the_page_of_a_notebook_asks_the_network_for_nothing(tmp_path):
     assert not re.findall(r"(?:src|href)=[\"']?(?:https?:)?//|@import|url\([\"']?(?:https?:)?//|import\(", text)
 
 
-def test_history_reads_only_what_it_shows(shop, monkeypatch):
-    folder = shop / ".mlops" / "runs"
-    for i in range(10_000):
-        (folder / f"20260101-{i // 3600:02}{i // 60 % 60:02}{i % 60:02}-{i:04x}").mkdir(parents=True)
-    facts = {"pipeline": "p", "status": "passed", "started_at": "2026-01-01T00:00:00+00:00", "seconds": 1.0, "steps": [], "problem": ""}
-    newest = sorted(path.name for path in folder.iterdir())[-25:]
-    for name in newest:
-        (folder / name / "run.json").write_text(json.dumps({"id": name, **facts}))
-    (folder / newest[-1] / "run.json").write_text("{ half a rec")
-    (folder / "not-a-run").mkdir()
-    read = []
-    monkeypatch.setattr(runs_module, "read_json", lambda path: read.append(path) or read_json(path))
-    rows = runs(limit=20).facts["runs"]
-    assert [row["id"] for row in rows] == newest[:-21:-1] and len(read) == 20
-    assert rows[0]["status"] == "damaged" and rows[1]["status"] == "passed"
-    assert runs(limit=0).facts["runs"] == []
-
-
 def test_listing_runs_loads_no_heavy_library(shop):
-    code = "import sys; from mlops_nb.pipeline.runs import recent, runs; recent(); print([n for n in " \
+    code = "import sys; from mlops_nb.pipeline.runs import run; from mlops_nb.pipeline.history import recent, runs; recent(); runs(); print([n for n in " \
            "('papermill', 'nbclient', 'nbconvert', 'nbformat', 'jupyter_client', 'pandas', 'numpy', 'IPython', 'matplotlib', 'mlflow') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ast.literal_eval(done.stdout) == [], done.stderr

@@ -28,6 +28,7 @@ class Section(BaseModel):
 
 class ProjectSection(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="letters, digits, '_', '-' or '.'")
+    secrets: str = Field("", description="names of environment variables that are secret, with commas between them")
 
 
 class DataSection(Section):
@@ -42,6 +43,7 @@ class TableSection(Section):
 class TrackingSection(Section):
     uri: str = Field("sqlite:///.mlops/mlflow.db", description="an MLflow tracking URI")
     experiment: str = Field("", description="an MLflow experiment; empty means the project's name")
+    runs: bool = Field(True, description="yes or no: whether pipeline runs are written to MLflow")
 
 
 class DeploySection(Section):

@@ -18,8 +18,8 @@ from ..core.errors import Invalid
 from ..core.files import disk_faults, read_json, timestamp
 from ..core.report import Report
 from ..core.settings import project
-from ..core.step import current_step
-from .versions import Version, user, version, versions
+from ..core.step import current_step, note, notes
+from .versions import ASKED, Version, user, version, versions
 
 # %% auto #0
 __all__ = ['OPEN', 'NOTED', 'KINDS', 'SPACE', 'recording', 'loaded', 'noted', 'record_of', 'append', 'used', 'entries',
@@ -61,6 +61,9 @@ def noted(
     if step and (this := (str(project().state), step.run, step.name, one.address)) not in NOTED:
         used(one, "step", step.name, run=step.run)
         NOTED.add(this)
+    if step and one.address not in {line["address"] for line in notes(step.folder, "saved.jsonl")}:  # what a step made itself did not come in
+        for asked in sorted(ASKED.get((step.folder, one.address), {one.address})):
+            note("inputs.jsonl", asked=asked, address=one.address, digest=one.digest)
 
 # %% ../../nbs/data/lineage.ipynb #2e4a2f9c
 KINDS = ("model", "run", "step", "notebook")

@@ -18,6 +18,7 @@ from ..core.files import digest_of, disk_faults, locked, read_json
 from ..core.progress import progress
 from ..core.report import Report
 from ..core.settings import project
+from ..core.step import note
 from .chunks import Content, Memory, entry_of, put_file, put_folder
 from .lineage import noted
 from .packs import Packs, writing
@@ -25,8 +26,8 @@ from .versions import (Version, branches, chunks_of, commit, content_digest, dat
                                     store, version, versions)
 
 # %% auto #0
-__all__ = ['AS', 'without_collecting', 'put_path', 'base_of', 'sound_listing', 'twin', 'put_frame', 'save', 'kept_rules', 'log',
-           'row_of', 'lay_out', 'laid_out', 'load', 'as_frame']
+__all__ = ['AS', 'without_collecting', 'put_path', 'base_of', 'sound_listing', 'twin', 'put_frame', 'save', 'own', 'kept_rules',
+           'log', 'row_of', 'lay_out', 'laid_out', 'load', 'as_frame']
 
 # %% ../../nbs/data/store.ipynb #30679cbf
 if TYPE_CHECKING:
@@ -130,13 +131,19 @@ def save(
     if backend == "delta" or delta_table(name):
         from mlops_nb.data import delta
         kept_rules(data, name, schema, None)
-        return delta.save(data, name, message=message, key=key)
+        return own(delta.save(data, name, message=message, key=key))
     base = base_of(name)
     rules = kept_rules(data, name, schema, base)
     with disk_faults(store()):
         facts, files = put_path(Path(data).expanduser()) if isinstance(data, (str, os.PathLike)) else (put_frame(data, name, key), None)
     start = f"{base['name']}@{base['version']}" if base and base["name"] != name else ""
-    return commit(name, facts, message=message, key=key or (base or {}).get("key", ""), parent=start, files=files, **({"schema": rules} if rules else {}))
+    return own(commit(name, facts, message=message, key=key or (base or {}).get("key", ""), parent=start, files=files, **({"schema": rules} if rules else {})))
+
+
+def own(one: Version) -> Version:
+    "A version that a pipeline step has saved, noted as the step's own."
+    note("saved.jsonl", address=one.address, digest=one.digest)
+    return one
 
 
 def kept_rules(data: object, name: str, schema: str | Schema, base: dict | None) -> dict | None:

@@ -23,9 +23,10 @@ from .chunks import Content, put_bytes
 from .packs import Packs, Writer
 
 # %% auto #0
-__all__ = ['FORMAT', 'Version', 'store', 'packs_of', 'place_of', 'manifests', 'branches', 'delta_table', 'datasets', 'seal',
-           'content_digest', 'manifest', 'kept_here', 'manifest_of', 'listing', 'put_listing', 'chunks_of', 'user',
-           'git_commit', 'circumstances', 'tags', 'version_of', 'newest', 'store_lock', 'commit', 'versions', 'version']
+__all__ = ['FORMAT', 'ASKED', 'Version', 'store', 'packs_of', 'place_of', 'manifests', 'branches', 'delta_table', 'datasets',
+           'seal', 'content_digest', 'manifest', 'kept_here', 'manifest_of', 'listing', 'put_listing', 'chunks_of',
+           'user', 'git_commit', 'circumstances', 'tags', 'version_of', 'newest', 'store_lock', 'commit', 'versions',
+           'version', 'found_at']
 
 # %% ../../nbs/data/versions.ipynb #89bb2ad7
 @dataclass(frozen=True)
@@ -265,14 +266,23 @@ def versions(
     return [version_of(manifest(name, number, there[number]), tagged=tagged) for number in sorted(there)]
 
 
+ASKED: dict[tuple[Path, str], set[str]] = {}  # a pipeline step's folder and an exact address -> how the step asked for it
+
+
 def version(
     address: str,  # such as orders, orders@3 or orders@9f2c41
 ) -> Version:
     "The version that an address points to; a damaged manifest beside it does no harm."
-    wanted = Address.parse(address)
+    found = found_at(Address.parse(address))
+    if step := current_step():
+        ASKED.setdefault((step.folder, found.address), set()).add(str(address))
+    return found
+
+
+def found_at(wanted: Address) -> Version:
     if delta_table(wanted.name):
         from mlops_nb.data import delta
-        return delta.version(address)
+        return delta.version(wanted)
     there = manifests(wanted.name)
     number = max(there, default=0) if wanted.ref is None else wanted.version
     if number is None:

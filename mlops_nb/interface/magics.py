@@ -17,6 +17,7 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_exp
 from IPython.utils.capture import capture_output
 
 from ..core.errors import MlopsError
+from ..core.settings import project
 from . import cli
 from .verbs import VERBS, Verb
 
@@ -138,9 +139,27 @@ class MlopsMagics(Magics):
         return cli.as_report(result).facts if options.json else result
 
 # %% ../../nbs/interface/magics.ipynb #3d982880
+def pipeline_names(kind: str) -> list[str]:
+    "What a pipeline, a run or a schedule may be called here."
+    if kind == "pipeline":
+        from mlops_nb.pipeline.graph import pipelines_in
+
+        file = project().folder / "pipeline.toml"
+        return pipelines_in(file) if file.exists() else []
+    if kind == "run":
+        from mlops_nb.pipeline.history import recent
+
+        return ["last", "last-failed", *(row["id"] for row in recent(20))]
+    from mlops_nb.pipeline.schedules import ACTIONS, schedules
+
+    return list(ACTIONS) if kind == "action" else [one.name for one in schedules()]
+
+
 def names(kind: str) -> list[str]:
-    "Names of the project's data sets, models or deployments; none outside a project."
+    "Names of the project's data sets, models, deployments and so on; none outside a project."
     try:
+        if kind in ("pipeline", "run", "schedule", "action"):
+            return pipeline_names(kind)
         if kind == "data":
             from mlops_nb.data.store import datasets
 

@@ -24,7 +24,7 @@ def model_rows() -> list[dict]:
 
 # %% ../../nbs/interface/status.ipynb #25b832a6
 def run_rows() -> list[dict]:
-    from mlops_nb.pipeline.runs import recent
+    from mlops_nb.pipeline.history import recent
 
     return recent(5)
 

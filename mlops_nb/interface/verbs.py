@@ -49,7 +49,7 @@ class Verb:
     where: str  # "floor.module:function"
     summary: str
     example: str
-    completes: dict  # argument -> "data", "model" or "deployment"
+    completes: dict  # argument -> "data", "model", "deployment", "pipeline", "run", "schedule" or "action"
 
     @property
     def function(self) -> Callable:
@@ -104,8 +104,11 @@ TABLE = [
     ("serve", "deployment", "serve.server:serve", "Serve a model in the foreground", "mlops serve recommender@champion --port 8000", {"model": "model"}),
     ("deployments", "deployment", "deploy.deployments:deployments", "List deployments and their health", "mlops deployments", {}),
     ("undeploy", "deployment", "deploy.deployments:undeploy", "Stop a deployment", "mlops undeploy recommender", {"name": "deployment"}),
-    ("run", "pipeline", "pipeline.runs:run", "Run a pipeline or one notebook with papermill", "mlops run examples/recommender -p k=10", {}),
-    ("runs", "pipeline", "pipeline.runs:runs", "List runs, newest first", "mlops runs", {}),
+    ("run", "pipeline", "pipeline.runs:run", "Run a pipeline or one notebook with papermill", "mlops run examples/recommender -p k=10", {"what": "pipeline"}),
+    ("resume", "pipeline", "pipeline.resume:resume", "Go on with a run from the cell that failed", "mlops resume last-failed", {"run": "run"}),
+    ("runs", "pipeline", "pipeline.history:runs", "List runs, newest first, or show one", "mlops runs last", {"what": "run"}),
+    ("schedule", "pipeline", "pipeline.schedules:schedule", "Run pipelines by the clock, on new data and on alerts",
+     'mlops schedule add pipeline.toml --cron "0 6 * * 1" -p week={week}', {"action": "action", "what": "schedule"}),
     ("monitor", "monitoring", "monitor.monitoring:monitor", "Judge drift, data quality and performance in production",
      "mlops monitor recommender --reference orders@1 --current orders@2", {"name": "deployment", "reference": "data", "current": "data"}),
 ]

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import posixpath
 import re
 import socket
 import sqlite3
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'tracking_uri', 'database_of', 'without_password', 'talking', 'in_our_words', 'new_client',
-           'make_database', 'client_of', 'tracking', 'experiment_id', 'follow_move', 'allowed', 'send', 'send_inputs',
-           'inputs_of', 'packaged', 'installed', 'signature_of', 'downloaded', 'add_version']
+           'make_database', 'client_of', 'tracking', 'experiment_id', 'follow_move', 'allowed', 'send', 'tagged',
+           'send_inputs', 'inputs_of', 'packaged', 'installed', 'signature_of', 'downloaded', 'add_version']
 
 # %% ../../nbs/model/backend.ipynb #9a27b495
 def tracking_uri(place: Project) -> str:
@@ -95,6 +96,8 @@ def in_our_words(error: Exception, uri: str) -> MlopsError:
         return Unavailable(f"{where} was written by another version of MLflow; make a copy of it, then run `mlflow db upgrade {where}`.")
     if "not a database" in str(error) or "malformed" in str(error):
         return Invalid(f"{where} is damaged ({said}); restore it from a backup or move it away.")
+    if "Max retries exceeded" in str(error):
+        return Unavailable(f"no MLflow server answers at {where} any more; start it, or change [tracking] uri in settings.ini.")
     if code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
         return NotFound(f"MLflow at {where} does not know it: {said}.")
     if code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
@@ -187,21 +190,33 @@ def follow_move(file: Path, old: str, new: str) -> None:
 
 # %% ../../nbs/model/backend.ipynb #d5208b9a
 def allowed(name: str) -> str:
-    "A name as MLflow takes it: it does not allow the @ of ndcg@10."
-    return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
+    "A name as MLflow takes it: it does not allow the @ of ndcg@10, nor a path that leads elsewhere."
+    name = re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))[:250]
+    return name if name == posixpath.normpath(name) and not name.startswith(("/", "..")) else re.sub(r"[/.]", "_", name)
 
 
-def send(client: MlflowClient, run: str, params: Mapping, metrics: Mapping[str, float]) -> None:
-    "Write figures to MLflow, in its portions."
-    from mlflow.entities import Metric, Param
+def send(client: MlflowClient, run: str, params: Mapping, metrics: Mapping[str, float], tags: Mapping[str, str] | None = None, *, at_ms: int | None = None) -> None:
+    "Write figures to MLflow, in its portions; as of now, or of `at_ms`, with which sending them again changes nothing."
+    from mlflow.entities import Metric, Param, RunTag
 
-    now = int(datetime.now(timezone.utc).timestamp() * 1000)
+    now = int(datetime.now(timezone.utc).timestamp() * 1000) if at_ms is None else at_ms
     entries = [Param(allowed(key), str(value)[:6000]) for key, value in params.items()]
     for first in range(0, len(entries), 100):
         client.log_batch(run, params=entries[first : first + 100])
     values = [Metric(allowed(key), value, now, 0) for key, value in metrics.items()]
     for first in range(0, len(values), 500):
         client.log_batch(run, metrics=values[first : first + 500])
+    if tags:
+        client.log_batch(run, tags=[RunTag(key, str(value)[:5000]) for key, value in tags.items()])
+
+
+def tagged(client: MlflowClient, experiment: str, tag: str, value: str) -> list:
+    "The runs of an experiment with a tag, oldest first."
+    found, token = [], None
+    while token != "":
+        portion = client.search_runs([experiment], f"tags.`{tag}` = '{value}'", order_by=["attributes.start_time ASC"], page_token=token)
+        found, token = [*found, *portion], portion.token or ""
+    return found
 
 # %% ../../nbs/model/backend.ipynb #d0f0b75c
 def send_inputs(client: MlflowClient, run: str, inputs: Mapping[str, str]) -> None:

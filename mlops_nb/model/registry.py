@@ -23,6 +23,7 @@ from ..core.errors import Invalid, NotFound, Unavailable, Untrusted, known
 from ..core.files import digest_of, locked, read_json, timestamp, write_atomic, write_json
 from ..core.report import Noun, Report, plain
 from ..core.settings import Project, project
+from ..core.step import note
 from ..data.lineage import used
 from .backend import add_version, database_of, downloaded, packaged, tracking, tracking_uri
 from .tracking import Run, provenance, recalled, track, trained_on
@@ -164,7 +165,9 @@ def model(
 ) -> Model:
     "The model version at an address; `NotFound` names those there are."
     address = Address.parse(address.address if isinstance(address, Model) else address)
-    return pick(address, model_versions(address.name), what="model")
+    found = pick(address, model_versions(address.name), what="model")
+    note("models_used.jsonl", asked=str(address), address=found.address, digest=found.digest)
+    return found
 
 # %% ../../nbs/model/registry.ipynb #7242c6ad
 def fitted(
@@ -285,6 +288,7 @@ def register(
             move_alias(place, name, alias, version)
     for address, digest in learned.items():
         used(address, "model", f"{name}@{version}", run=run.id, digest=digest)
+    note("models.jsonl", address=f"{name}@{version}", digest=record["digest"])
     return pick(Address(name, str(version)), model_versions(name), what="model")
 
 # %% ../../nbs/model/registry.ipynb #e053d2e4
@@ -336,6 +340,7 @@ def promote(
     with changing(place):
         found = model(address)
         move_alias(place, found.name, alias, found.version)
+        note("moved.jsonl", asked=f"{found.name}@{alias}", address=found.address)
     return model(found.address)
 
 # %% ../../nbs/model/registry.ipynb #003b6c07

@@ -5,107 +5,115 @@
 # %% ../../nbs/pipeline/graph.ipynb #ffcb021f
 from __future__ import annotations
 
-import string
+import json
+import math
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from heapq import heappop, heappush
-from html import escape
+from itertools import product
 from pathlib import Path
 
 from ..core.address import NAME
-from ..core.errors import Invalid, NotFound, Unavailable, known
-from .notebook import Parameter, arguments, signature
+from ..core.errors import Invalid, MlopsError, NotFound, Unavailable, known
+from .diagram import diagram, outline
+from .signature import Parameter, arguments, as_json, signature
+from .steps import PipelineStep, owner_of, references, resolved, step_of, table, texts
 
 # %% auto #0
-__all__ = ['references', 'resolved', 'PipelineStep', 'Pipeline', 'known_values', 'check_parameters', 'diagram']
+__all__ = ['pipelines_in', 'Pipeline', 'known_values', 'check_parameters', 'find']
 
-# %% ../../nbs/pipeline/graph.ipynb #d4bcacca
-def references(
-    value: object,  # a value from `params`; lists and tables are looked into
-) -> Iterator[str]:
-    "The references in a value, such as `prepare.data` or `weeks`; `Invalid` for a brace that is left open."
-    if isinstance(value, str):
-        try:
-            fields = [field for field in string.Formatter().parse(value) if field[1] is not None]
-        except ValueError as error:
-            raise Invalid(f"{value!r} has a brace too many or too few ({error}); expected a reference like {{prepare.data}}, or {{{{ }}}} for plain braces.") from None
-        for _, name, spec, conversion in fields:
-            if spec or conversion:
-                raise Invalid(f"{value!r} formats {name}; expected a plain reference like {{{name}}}.")
-            yield name
-    elif isinstance(value, (list, dict)):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from references(one)
+# %% ../../nbs/pipeline/graph.ipynb #f6fbf794
+MOST = 10_000
 
 
-def resolved(
-    value: object,  # a value from `params`
-    values: Mapping[str, object],  # reference -> what it stands for
-) -> object:
-    "The value with its references replaced."
-    if isinstance(value, dict):
-        return {key: resolved(one, values) for key, one in value.items()}
-    if isinstance(value, list):
-        return [resolved(one, values) for one in value]
-    if not isinstance(value, str):
-        return value
-    parts = list(string.Formatter().parse(value))
-    if len(parts) == 1 and parts[0][0] == "" and parts[0][1] is not None:
-        return values[parts[0][1]]
-    return "".join(text + ("" if name is None else str(values[name])) for text, name, _, _ in parts)
-
-# %% ../../nbs/pipeline/graph.ipynb #d6221d91
-@dataclass(frozen=True)
-class PipelineStep:
-    "One notebook of a pipeline, with the values it is given."
-    name: str
-    notebook: Path
-    needs: tuple[str, ...] = ()
-    params: Mapping[str, object] = field(default_factory=dict)
-    timeout_s: float = 0
-
-    @cached_property
-    def references(self) -> tuple[str, ...]:
-        "Everything that its parameters refer to."
-        return tuple(dict.fromkeys(references(dict(self.params))))
-
-    @property
-    def after(self) -> tuple[str, ...]:
-        "The steps it waits for: those it names, and those whose results it takes."
-        return tuple(dict.fromkeys([*self.needs, *(one.partition(".")[0] for one in self.references if "." in one)]))
-
-# %% ../../nbs/pipeline/graph.ipynb #d786ad72
-KEYS = {"name": str, "notebook": str, "needs": list, "params": dict, "timeout_s": (int, float)}
-LATER = ("retries", "gates", "cache", "matrix", "resources", "on_failure")
+def named_value(value: object) -> str:
+    plain = isinstance(value, str) and value.isprintable() and not set(value) & set(' ,=[]{}"')
+    return value if plain else json.dumps(value, ensure_ascii=False)
 
 
-def table(content: Mapping, keys: Mapping[str, object], where: str) -> dict:
-    "A table of the file; `Invalid` or `Unavailable` for a key that cannot be, or a value of the wrong type."
-    for key, value in content.items():
-        if key in LATER:
-            raise Unavailable(f"{where}: {key} is not available yet; leave it out.")
-        if key not in keys:
-            raise Invalid(f"{where} has no key {key!r}; {known(key, keys)}")
-        if not isinstance(value, keys[key]) or isinstance(value, bool):
-            kind = {str: "text", list: "a list", dict: "a table"}.get(keys[key], "a number")
-            raise Invalid(f"{where}: {key} = {value!r} is not valid; expected {kind}.")
-    return dict(content)
+def choices(name: str, matrix: Mapping[str, list], params: Mapping[str, object], where: str) -> Iterator[tuple[str, dict]]:
+    "The name and the values of each step of a sweep."
+    for key, values in matrix.items():
+        if not isinstance(values, list) or not values:
+            raise Invalid(f"{where}: matrix {key} = {values!r} is not valid; expected a list of values, such as [0.1, 1, 10].")
+        if key in params:
+            raise Invalid(f"{where}: {key} is both in params and in the matrix; leave it in one of them.")
+        if twice := [value for value, times in Counter(map(named_value, values)).items() if times > 1]:
+            raise Invalid(f"{where}: matrix {key} has {twice[0]} twice; remove one of them.")
+    if (count := math.prod(map(len, matrix.values()))) > MOST:
+        raise Invalid(f"{where}: its matrix makes {count:,} steps; expected at most {MOST:,}, so leave out values or split it.")
+    for combination in product(*matrix.values()):
+        choice = dict(zip(matrix, combination))
+        yield f"{name}[{','.join(f'{key}={named_value(value)}' for key, value in choice.items())}]", choice
 
 
-def step_of(content: Mapping, number: int, folder: Path, file: str) -> PipelineStep:
-    "A step from its table in the file."
-    step = table(content, KEYS, f"{file}, step {content.get('name', number)}")
-    for key in ("name", "notebook"):
-        if key not in step:
-            raise Invalid(f"{file}: step {step.get('name', number)} lacks {key!r}; add it.")
-    if not NAME.fullmatch(step["name"]) or "." in step["name"]:
-        raise Invalid(f"{file}: {step['name']!r} cannot name a step; expected letters, digits, '_' or '-'.")
-    if step.get("timeout_s", 0) < 0 or not all(isinstance(one, str) for one in step.get("needs", [])):
-        raise Invalid(f"{file}, step {step['name']}: expected timeout_s = 0 or more, and needs = a list of step names.")
-    return PipelineStep(step["name"], folder / step["notebook"], tuple(step.get("needs", ())), step.get("params", {}), step.get("timeout_s", 0))
+def expanded(steps: list[tuple[PipelineStep, dict[str, list]]], file: str) -> Iterator[PipelineStep]:
+    "The steps with each sweep spelt out; all know the sweeps that they wait for."
+    if twice := [name for name, times in Counter(step.name.casefold() for step, _ in steps).items() if times > 1]:
+        raise Invalid(f"{file}: there are two steps {twice[0]!r} (capitals do not tell folders apart everywhere); give one of them another name.")
+    sweeps = {step.name: list(choices(step.name, matrix, step.params, f"{file}, step {step.name}")) for step, matrix in steps if matrix}
+    if (count := len(steps) - len(sweeps) + sum(map(len, sweeps.values()))) > MOST:
+        raise Invalid(f"{file}: the sweeps make {count:,} steps; expected at most {MOST:,}, so leave out values or split the pipeline.")
+    members = {name: tuple(one for one, _ in made) for name, made in sweeps.items()}
+    for step, matrix in steps:
+        step = replace(step, sweeps={one: members[one] for one in step.after if one in members})
+        if not matrix:
+            yield step
+        for name, choice in sweeps.get(step.name, ()):
+            yield replace(step, name=name, choice=choice, params={**step.params, **{key: f"{{{key}}}" for key in choice}})
+
+# %% ../../nbs/pipeline/graph.ipynb #02d403c9
+SEVERAL = "expected [[step]] at the top for a file of one pipeline, or [[pipelines.NAME.step]] for each of several"
+
+
+def content_of(file: Path) -> dict:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise NotFound(f"there is no {file}; expected a pipeline.toml with [[step]] tables.") from None
+    except OSError as error:
+        raise Unavailable(f"{file} cannot be read: {error.strerror}; check its permissions.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Invalid(f"{file.name} cannot be read: {error}.") from None
+
+
+def parts_of(file: Path) -> dict[str, dict]:
+    "The pipelines in a file: name -> its params, steps and hooks."
+    content = content_of(file)
+    if "pipelines" not in content:
+        content = table(content, {"pipeline": dict, "params": dict, "step": list}, file.name)
+        head = table(content.pop("pipeline", {}), {"name": str, "on_failure": (str, list)}, f"{file.name}, [pipeline]")
+        return {head.pop("name", file.parent.name): part_of({**content, **head}, {}, file.name)}
+    if "step" in content or "pipeline" in content:
+        raise Invalid(f"{file.name} holds both one pipeline and [pipelines]; {SEVERAL}.")
+    several = table(content, {"pipelines": dict, "params": dict}, file.name)
+    shared = several.get("params", {})
+    parts = {}
+    for name, part in several["pipelines"].items():
+        if not isinstance(part, dict) or not NAME.fullmatch(name):
+            raise Invalid(f"{file.name}: {name!r} in [pipelines] is not valid; {SEVERAL}, named with letters, digits, '_', '-' or '.'.")
+        parts[name] = part_of(table(part, {"params": dict, "step": list, "on_failure": (str, list)}, f"{file.name}, [pipelines.{name}]"), shared, f"{file.name}:{name}")
+    if unused := shared.keys() - {name for part in parts.values() for name in part["params"]}:
+        raise Invalid(f"{file.name}: [params] {min(unused)} is used by no pipeline; refer to it as \"{{{min(unused)}}}\" or remove it.")
+    return parts
+
+
+def part_of(part: dict, shared: Mapping[str, object], where: str) -> dict:
+    "One pipeline's table, with those of the shared parameters that it refers to."
+    if not part.get("step") or not all(isinstance(one, dict) for one in part["step"]):
+        raise Invalid(f"{where} has no steps; expected at least one [[step]] with a name and a notebook.")
+    used = set(references([step.get("params") for step in part["step"]])) if shared else ()
+    return {**part, "params": as_json({**{name: value for name, value in shared.items() if name in used}, **part.get("params", {})})}
+
+# %% ../../nbs/pipeline/graph.ipynb #0f85b91b
+def pipelines_in(
+    path: Path | str,  # a .toml file
+) -> list[str]:
+    "The names of the pipelines in a file; their steps are not looked at yet."
+    return list(parts_of(Path(path).resolve()))
 
 # %% ../../nbs/pipeline/graph.ipynb #c020c7c8
 @dataclass(frozen=True)
@@ -115,49 +123,55 @@ class Pipeline:
     file: Path
     params: Mapping[str, object]
     steps: tuple[PipelineStep, ...]
+    on_failure: tuple[str, ...] = ()
+    where: str = ""  # what messages call it
 
     @classmethod
-    def read(cls, path: Path | str) -> Pipeline:
-        "Read and check a `pipeline.toml`; `Invalid` names what is wrong in it."
+    def read(cls, path: Path | str, name: str = "") -> Pipeline:
+        "Read and check a pipeline; `name` says which one where the file holds several. `Invalid` names what is wrong."
         file = Path(path).resolve()
-        try:
-            content = tomllib.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise NotFound(f"there is no {file}; expected a pipeline.toml with [[step]] tables.") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise Invalid(f"{file.name} cannot be read: {error}.") from None
-        content = table(content, {"pipeline": dict, "params": dict, "step": list}, file.name)
-        head = table(content.get("pipeline", {}), {"name": str}, f"{file.name}, [pipeline]")
-        if not content.get("step") or not all(isinstance(one, dict) for one in content["step"]):
-            raise Invalid(f"{file.name} has no steps; expected at least one [[step]] with a name and a notebook.")
-        steps = [step_of(one, number, file.parent, file.name) for number, one in enumerate(content["step"], 1)]
-        pipeline = cls(head.get("name", file.parent.name), file, content.get("params", {}), tuple(in_order(steps, file.name)))
+        parts = parts_of(file)
+        if name and name not in parts:
+            raise NotFound(f"{file.name} has no pipeline {name!r}; {known(name, parts)}")
+        if not name and len(parts) > 1:
+            raise Invalid(f"{file.name} holds several pipelines; say which one: {', '.join(f'{file.name}:{one}' for one in parts)}.")
+        name = name or next(iter(parts))
+        where, part = file.name if len(parts) == 1 else f"{file.name}:{name}", parts[name]
+        steps = [step_of(one, number, file.parent, where) for number, one in enumerate(part["step"], 1)]
+        pipeline = cls(name, file, part["params"], tuple(in_order(list(expanded(steps, where)), where)), texts(part.get("on_failure", []), f"{where}: on_failure"), where)
         check_references(pipeline)
         check_parameters(pipeline, pipeline.params)
         return pipeline
 
+    def only(self, names: list[str]) -> tuple[PipelineStep, ...]:
+        "The steps of these names, in order, all of them without names; the name of a sweep stands for all its steps."
+        there = {step.name for step in self.steps} | {step.name.partition("[")[0] for step in self.steps}
+        for one in names:
+            if one not in there:
+                raise NotFound(f"{self.name} has no step {one!r}; {known(one, there)}")
+        return tuple(step for step in self.steps if not names or step.name in names or step.name.partition("[")[0] in names)
+
     def __str__(self) -> str:
-        return "\n".join([self.name, *(f"  {step.name}" + (f"  ← {', '.join(step.after)}" if step.after else "") for step in self.steps)])
+        return outline(self)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict:
         return {"text/html": diagram(self), "text/plain": str(self)}
 
 # %% ../../nbs/pipeline/graph.ipynb #1dae7ea6
-def in_order(steps: list[PipelineStep], file: str) -> Iterator[PipelineStep]:
-    "The steps, each after those it waits for; `Invalid` for two of one name, an unknown need or a circle."
-    named = {step.name: step for step in steps}
-    if twice := [name for name in named if sum(step.name == name for step in steps) > 1] if len(named) < len(steps) else []:
-        raise Invalid(f"{file}: there are two steps {twice[0]!r}; give one of them another name.")
+def in_order(steps: list[PipelineStep], where: str) -> Iterator[PipelineStep]:
+    "The steps, each after those it waits for; `Invalid` for an unknown need or a circle."
+    place = {step.name: i for i, step in enumerate(steps)}
     for step in steps:
         for one in step.after:
-            if one not in named:
-                raise Invalid(f"{file}: step {step.name} waits for {one!r}, which is no step; {known(one, named)}")
-    place = {step.name: i for i, step in enumerate(steps)}
+            if one not in place:
+                asks = "waits for" if one in step.needs else "refers to a result of"
+                raise Invalid(f"{where}: step {step.name} {asks} {one!r}, which is no step; {known(one, {*place, *(name.partition('[')[0] for name in place)})}")
     sorter = TopologicalSorter({step.name: step.after for step in steps})
     try:
         sorter.prepare()
     except CycleError as error:
-        raise Invalid(f"{file}: the steps wait for each other in a circle: {' → '.join(error.args[1])}; remove one of these needs.") from None
+        circle = error.args[1] if len(error.args[1]) < 12 else [*error.args[1][:6], "…", *error.args[1][-5:]]
+        raise Invalid(f"{where}: the steps wait for each other in a circle: {' → '.join(circle)}; remove one of these needs.") from None
     ready: list[int] = []
     while sorter.is_active():
         for name in sorter.get_ready():
@@ -168,22 +182,29 @@ def in_order(steps: list[PipelineStep], file: str) -> Iterator[PipelineStep]:
 
 def check_references(pipeline: Pipeline) -> None:
     "`Invalid` for a reference to nothing, and for a pipeline parameter that nobody uses."
-    used = {one for step in pipeline.steps for one in step.references}
+    used = set()
     for step in pipeline.steps:
+        used.update(step.references)
         for one in step.references:
-            if "." not in one and one not in pipeline.params:
-                raise Invalid(f"{pipeline.file.name}: step {step.name} refers to {{{one}}}, which is neither in [params] nor a step's result; "
+            if not owner_of(one) and one not in pipeline.params:
+                raise Invalid(f"{pipeline.where}: step {step.name} refers to {{{one}}}, which is neither in [params] nor a step's result; "
                               f"{known(one, pipeline.params)}")
     if unused := [name for name in pipeline.params if name not in used]:
-        raise Invalid(f"{pipeline.file.name}: [params] {unused[0]} is used by no step; refer to it as \"{{{unused[0]}}}\" or remove it.")
+        raise Invalid(f"{pipeline.where}: [params] {unused[0]} is used by no step; refer to it as \"{{{unused[0]}}}\" or remove it.")
 
 # %% ../../nbs/pipeline/graph.ipynb #ef82c206
 def known_values(
     step: PipelineStep,  # the step
     values: Mapping[str, object],  # reference -> what it stands for, as far as known
 ) -> dict[str, object]:  # the parameters whose references are all known
-    "The parameters of a step that can be filled in already."
-    return {name: resolved(value, values) for name, value in step.params.items() if all(one in values for one in references(value))}
+    "The parameters of a step that can be filled in already; a reference to a whole sweep becomes the list of what its steps handed on."
+    here = dict(step.choice)
+    for name in step.params.values():
+        for one in references(name):
+            if one not in here and all(each in values for each in step.members(one)):
+                found = [values[each] for each in step.members(one)]
+                here[one] = found if owner_of(one) in step.sweeps else found[0]
+    return {name: resolved(value, here) for name, value in step.params.items() if all(one in here for one in references(value))}
 
 
 def check_parameters(
@@ -193,39 +214,49 @@ def check_parameters(
     "`Invalid` when a step gives its notebook a parameter that it does not have, or a value that does not fit."
     signatures: dict[Path, list[Parameter]] = {}
     for step in pipeline.steps:
+        where = f"{pipeline.where or pipeline.file.name}, step {step.name}"
         if step.notebook not in signatures:
-            signatures[step.notebook] = signature(step.notebook)
-        where = f"{pipeline.file.name}, step {step.name}: {step.notebook.name}"
+            try:
+                signatures[step.notebook] = signature(step.notebook)
+            except (NotFound, Invalid, Unavailable) as error:
+                raise type(error)(f"{where}: {error}") from None
         takes = {one.name for one in signatures[step.notebook]}
-        now = known_values(step, params)
-        arguments(signatures[step.notebook], {**{name: "" for name in step.params if name not in takes}, **now}, notebook=where)
+        unknown = {name: "" for name in step.params if name not in takes}
+        arguments(signatures[step.notebook], {**unknown, **known_values(step, params)}, notebook=f"{where}: {step.notebook.name}")
 
-# %% ../../nbs/pipeline/graph.ipynb #edac4d20
-def direct(pipeline: Pipeline) -> dict[str, list[str]]:
-    "For each step those it waits for, without the ones that another of them waits for too."
-    before: dict[str, set[str]] = {}
-    for step in pipeline.steps:
-        before[step.name] = set(step.after).union(*(before[one] for one in step.after))
-    return {step.name: [one for one in step.after if not any(one in before[other] for other in step.after)] for step in pipeline.steps}
+# %% ../../nbs/pipeline/graph.ipynb #1ecb5486
+ELSEWHERE = ("pyproject.toml", "uv.lock", "poetry.lock", "pixi.toml")
 
-# %% ../../nbs/pipeline/graph.ipynb #0f85b91b
-def diagram(
-    pipeline: Pipeline,  # what to draw
-    verdicts: Mapping[str, str] | None = None,  # step -> passed, failed or skipped
-) -> str:  # an <svg> element
-    "Draw a pipeline as inline SVG that reads in light and dark."
-    marks, shown = {"passed": "✓ ", "failed": "✗ ", "skipped": "– "}, direct(pipeline)
-    level: dict[str, int] = {}
-    for step in pipeline.steps:
-        level[step.name] = 1 + max((level[one] for one in step.after), default=-1)
-    rows = {name: list(level.values())[:i].count(column) for i, (name, column) in enumerate(level.items())}
-    at = {name: (8 + 150 * column, 8 + 46 * rows[name]) for name, column in level.items()}
-    width, height = 150 * (1 + max(level.values())) - 14, 46 * (1 + max(rows.values())) + 2
-    edges = [(at[one], at[step.name]) for step in pipeline.steps for one in shown[step.name]]
-    lines = "".join(f'<path d="M{x + 120} {y + 16}C{to_x - 15} {y + 16} {x + 135} {to_y + 16} {to_x} {to_y + 16}" fill="none" stroke="currentColor" opacity=".45"/>'
-                    for (x, y), (to_x, to_y) in edges)
-    boxes = "".join(f'<rect x="{x}" y="{y}" width="120" height="32" rx="6" fill="none" stroke="currentColor"/>'
-                    f'<text x="{x + 60}" y="{y + 21}" text-anchor="middle" fill="currentColor">{escape(marks.get((verdicts or {}).get(name, ""), "") + name)}</text>'
-                    for name, (x, y) in at.items())
-    return (f'<svg role="img" aria-label="{escape(pipeline.name, quote=True)}" viewBox="0 0 {width} {height}" width="{width}" style="max-width:100%;height:auto" '
-            f'font-family="system-ui,sans-serif" font-size="13">{lines}{boxes}</svg>')
+
+def with_pipeline(name: str, folder: Path) -> list[Path]:
+    "The files of a folder that hold a pipeline of that name; `pipeline.toml` counts before all others, and files of other programs are passed by."
+    found = []
+    for file in sorted(folder.glob("*.toml"), key=lambda file: (file.name != "pipeline.toml", file.name)):
+        try:
+            content = content_of(file) if file.name not in ELSEWHERE else {}
+            if ("step" in content or "pipelines" in content) and name in parts_of(file.resolve()):
+                found.append(file)
+        except MlopsError:
+            if file.name == "pipeline.toml":
+                raise
+    return found[:1] if found and found[0].name == "pipeline.toml" else found
+
+# %% ../../nbs/pipeline/graph.ipynb #9b48c234
+def find(
+    what: Path | str,  # pipeline.toml, pipeline.toml:train, a folder (perhaps with :train), or train
+    folder: Path | str = ".",  # where a name is looked for, and a relative path that is not in the working directory
+) -> tuple[Path, str]:  # for `Pipeline.read`: the file, and the name of the pipeline in it ("" for its only one)
+    "The file that is meant; `NotFound` says which pipelines there are, `Invalid` when two files have one of that name."
+    folder, said = Path(folder), str(what)
+    for text, name in [(said, ""), said.rpartition(":")[::2]]:
+        for path in (Path(text).expanduser(), folder / text) if text else ():
+            path = path / "pipeline.toml" if path.is_dir() else path
+            if path.suffix == ".toml" and path.is_file():
+                return path.resolve(), name
+    files = with_pipeline(said, folder) if NAME.fullmatch(said) else []
+    if len(files) > 1:
+        raise Invalid(f"{' and '.join(file.name for file in files)} both hold a pipeline {said!r}; say which one, such as {files[0].name}:{said}.")
+    if files:
+        return files[0].resolve(), said
+    there = pipelines_in(folder / "pipeline.toml") if (folder / "pipeline.toml").is_file() else []
+    raise NotFound(f"there is no pipeline {said!r} here; expected a pipeline.toml, a folder that holds one, or a pipeline's name: {known(said, there)}")

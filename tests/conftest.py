@@ -1,0 +1,23 @@
+"""What all tests share: warm parents of their own, which end with them, and states of failed notebooks that do not outlive them."""
+
+import os
+import tempfile
+from pathlib import Path
+
+PLACE = "MLOPS_TEST_PLACE"
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # the process that was started; those of xdist inherit its environment
+        os.environ[PLACE] = tempfile.mkdtemp(prefix="mlops-t-")
+        for name, folder in (("XDG_RUNTIME_DIR", "run"), ("XDG_CACHE_HOME", "cache")):
+            os.environ[name] = str(Path(os.environ[PLACE]) / folder)
+            Path(os.environ[name]).mkdir(mode=0o700)
+        os.environ.setdefault("MLOPS_SNAPSHOT_S", "20")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        from mlops_nb.pipeline.warm import stop
+
+        stop()
