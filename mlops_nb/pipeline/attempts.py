@@ -80,10 +80,10 @@ def outputs_in(folder: Path) -> dict:
 
 
 def report_in(folder: Path, executed: Path) -> Path:
-    "The last report that a step left, or else the page of its executed notebook, or that notebook."
+    "The last report that a step left, or else the page of its executed notebook, which may still be drawn."
     own = executed.with_name(f"{executed.name}.html")
     pages = [page for page in folder.glob("*.html") if page != own and ".attempt-" not in page.name]
-    return max(pages, key=lambda page: page.stat().st_mtime_ns, default=own if own.exists() else executed)
+    return max(pages, key=lambda page: page.stat().st_mtime_ns, default=own)
 
 
 def left_in(folder: Path, executed: Path, project: Project) -> dict:
@@ -91,7 +91,7 @@ def left_in(folder: Path, executed: Path, project: Project) -> dict:
     report = report_in(folder, executed)
     inputs = {one["address"]: one["digest"] for one in notes(folder, "inputs.jsonl")}
     return {"outputs": outputs_in(folder), "inputs": inputs, "models": [one["address"] for one in notes(folder, "models.jsonl")],
-            "report": report.relative_to(project.folder).as_posix() if report.exists() else "",
+            "report": report.relative_to(project.folder).as_posix() if executed.exists() else "",
             "executed": executed.relative_to(project.folder).as_posix() if executed.exists() else ""}
 
 # %% ../../nbs/pipeline/attempts.ipynb #b724a0d1
@@ -107,17 +107,21 @@ def last_event(folder: Path) -> str:
 def ended(child: Child) -> int | None:
     "The exit code of a worker that ends within a moment."
     try:
-        return child.wait(0.2).code
+        return child.wait(0.02).code
     except TimeoutError:
         return None
 
 
-def watch(child: Child, stop: threading.Event, show: Callable[[], None], limit_s: float) -> int:
-    "Wait for a worker's end; the exit code."
-    asked, deadline = 0.0, time.monotonic() + limit_s if limit_s else float("inf")
+def watch(child: Child, stop: threading.Event, show: Callable[[], None], limit_s: float, done: Callable[[], bool]) -> int:
+    "Wait until a worker is done or has ended; its exit code."
+    asked, shown, deadline = 0.0, 0.0, time.monotonic() + limit_s if limit_s else float("inf")
     while (code := ended(child)) is None:
-        show()
+        if done():
+            return 0
         now = time.monotonic()
+        if now > shown + 0.2:
+            show()
+            shown = now
         if not asked and (stop.is_set() or now > deadline):
             child.signal(signal.SIGINT)
             asked = now
@@ -126,8 +130,8 @@ def watch(child: Child, stop: threading.Event, show: Callable[[], None], limit_s
     return code
 
 
-def here(job: dict, show: Callable[[], None], stop: threading.Event) -> dict:
-    "Run a job in a process of this machine; the facts of its result."
+def here(job: dict, show: Callable[[], None], stop: threading.Event, busy: list[Child]) -> dict:
+    "Run a job in a process of this machine; the facts of its result. A worker that is done may be busy with its page for a moment more."
     reading, writing = os.pipe()
     said: list[bytes] = []
 
@@ -142,11 +146,12 @@ def here(job: dict, show: Callable[[], None], stop: threading.Event) -> dict:
         child = start("mlops_nb.pipeline.worker:work", job, environment=dict(os.environ), folder=job["project_folder"], stdout=writing, stderr=writing, warm=job["warm"])
     finally:
         os.close(writing)
-    code = watch(child, stop, show, job["timeout_s"] + 60 if job["timeout_s"] else 0)
-    listener.join(5)
     result = Path(job["folder"]) / "result.json"
+    code = watch(child, stop, show, job["timeout_s"] + 60 if job["timeout_s"] else 0, result.exists)
+    busy.append(child)
     if result.exists():
         return read_json(result)
+    listener.join(5)
     if stop.is_set():
         return {"verdict": "interrupted", "error": "KeyboardInterrupt", "problem": "interrupted", "exit_code": 1}
     words = b"".join(said).decode(errors="replace").strip().splitlines()
@@ -208,6 +213,7 @@ class Crew:
     to: str = ""  # a folder or URL that gets a copy of each step's folder
     hide: Callable[[object], object] = lambda value: value  # takes secrets out of what is written down
     stop: threading.Event = field(default_factory=threading.Event)
+    busy: list[Child] = field(default_factory=list)  # workers that are done but for their pages
 
     def folder(self, step: PipelineStep) -> Path:
         "Where a step leaves what comes of it."
@@ -223,7 +229,14 @@ class Crew:
 
             return on_cluster(job, self.cluster, resources=step.resources, on_event=lambda event: show(event.get("said") or f"cell {event['cell']} of {event['of']}"),
                               stop=self.stop)
-        return here(job, lambda: show(last_event(folder)), self.stop)
+        return here(job, lambda: show(last_event(folder)), self.stop, self.busy)
+
+    def finish(self) -> None:
+        "Wait until every worker has written its page."
+        for child in self.busy:
+            with suppress(TimeoutError):
+                child.wait(60)
+            child.close()
 
 # %% ../../nbs/pipeline/attempts.ipynb #d696bb0b
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
@@ -274,6 +287,7 @@ def run_step(
     try:
         until_it_passes(step, row, values, crew, earlier, show)
         if crew.to:
+            crew.finish()
             copied(folder, crew.to, f"{crew.run}/{step.slug}")
         row |= {"verdict": "passed", "problem": ""}
     except BaseException as error:

@@ -225,6 +225,7 @@ def log_file(path: Path, redactor: Redactor) -> Iterator[int]:
             path.unlink()
 
 # %% ../../nbs/pipeline/notebook.ipynb #156c9991
+BUDGET_S = float(os.environ.get("MLOPS_SNAPSHOT_BUDGET_S", 0.1))  # forking may take so long, and a twentieth of the time beyond that
 QUIET = {"MLOPS_PROGRESS": "0", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 LOG = logging.getLogger("mlops_nb.pipeline")
 LOG.addHandler(logging.NullHandler())
@@ -240,7 +241,7 @@ def run_copy(nb: dict, output: str, how: Execution, environment: Mapping[str, st
     copy.notebook_start()
     sockets = tempfile.mkdtemp(prefix="mlops-")
     first, point = take_up(nb, how)
-    manager = kernel_manager(sockets, warm=how.warm, checkpoint={"folder": str(how.checkpoints)} if how.checkpoints else None, restore=point)
+    manager = kernel_manager(sockets, warm=how.warm, checkpoint={"folder": str(how.checkpoints), "budget_s": BUDGET_S} if how.checkpoints else None, restore=point)
     try:
         with log_file(Path(output).with_suffix(".log"), how.redactor) as said:
             client = client_class()(copy, km=manager, kernel_name="python3", startup_timeout=120, iopub_timeout=60, timeout_func=remaining, log=LOG)
@@ -340,6 +341,7 @@ def execute(
     environment: Mapping[str, str] | None = None,  # variables for its kernel only
     timeout_s: float = 0,  # limit for the whole notebook; 0 means none
     how: Execution | None = None,  # how its kernel is to run; afterwards what it took
+    paged: bool = True,  # whether to write its page as well
 ) -> Path:  # the executed copy
     "Run a copy of a notebook in a kernel of its own; `RunFailed` or `GateFailed` once the copy and its page are saved."
     source, output, how = Path(source).resolve(), Path(output).resolve(), how or Execution()
@@ -364,6 +366,28 @@ def execute(
         except (CellTimeoutError, RuntimeError) as error:
             raise stopped(error, name, output, timeout_s) from None
         finally:
-            if output.exists():
+            if paged and output.exists():
                 page(output)
     return output
+
+# %% ../../nbs/pipeline/notebook.ipynb #69a84379
+def preload() -> None:
+    "What the warm parent makes ready for all: one small notebook goes the way of every other, short of a kernel, so that each library is set up and each template compiled."
+    import nbformat
+    from papermill import execute_notebook
+
+    engine(), client_class()
+    with tempfile.TemporaryDirectory() as folder, quiet_papermill():
+        small, told = Path(folder) / "small.ipynb", [nbformat.v4.new_output("stream", text="1"), nbformat.v4.new_output("execute_result", {"text/html": "<b>1</b>", "text/plain": "1"})]
+        cells = [nbformat.v4.new_markdown_cell("# 1"), nbformat.v4.new_code_cell("k: int = 1", metadata={"tags": ["parameters"]}, outputs=told)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), small)
+        arguments(signature(small), {"k": "1"})
+        nb = execute_notebook(str(small), None, parameters={"k": 1}, kernel_name="python3", language="python", prepare_only=True, progress_bar=False)
+        copy = copy_class()(nb, output_path=str(small), progress_bar=False)
+        copy.notebook_start()
+        copy.cell_start(nb.cells[1], 1)
+        copy.cell_complete(nb.cells[1], 1)
+        copy.notebook_complete()
+        copy.write()
+        digests(nb.cells)
+        page(small)

@@ -28,11 +28,6 @@ def exporter() -> Any:
 
     return HTMLExporter(extra_loaders=[DictLoader({"offline.html.j2": OFFLINE})], template_file="offline.html.j2")
 
-
-def preload() -> None:
-    "What the warm parent makes ready for all."
-    exporter()
-
 # %% ../../nbs/pipeline/pages.ipynb #7ac449fa
 def page(
     notebook: Path | str,  # an executed notebook

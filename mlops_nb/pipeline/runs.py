@@ -237,6 +237,7 @@ def carried_out(record: dict, pipeline: Pipeline, steps: tuple[PipelineStep, ...
         flow(steps, rows, values, decide, crew, jobs=places(crew, jobs))
     except BaseException as caught:
         error = caught
+    crew.finish()
     saved = over(record, error, began)
     done = run_of(saved, pipeline)
     if isinstance(error, Exception):

@@ -20,6 +20,7 @@ from ..core.secrets import Redactor, secrets_in, secrets_of
 from ..core.settings import in_project, project
 from ..core.step import Step
 from .notebook import Execution, execute
+from .pages import page
 
 # %% auto #0
 __all__ = ['problem_of', 'work']
@@ -93,10 +94,15 @@ def work(
     told = {**Step(run, step, place).environment, "MLOPS_PROJECT": project_folder, **(environment or {})}
     error, began = None, time.perf_counter()
     try:
-        execute(source, place / source.name, parameters=parameters, name=step, timeout_s=timeout_s, environment=told, how=how)
+        execute(source, place / source.name, parameters=parameters, name=step, timeout_s=timeout_s, environment=told, how=how, paged=False)
     except (MlopsError, KeyboardInterrupt, OSError) as caught:
         error = caught
     result = {**hidden.value(as_facts(error)), "seconds": round(time.perf_counter() - began, 2), "kernel": how.kernel, "cpu_s": how.cpu_s, "peak_mb": how.peak_mb,
               "failed_cell": how.failed_cell, "resumed": how.resumed, "notebook": str(place / source.name)}
+    copy = place / source.name
+    if error is not None and copy.exists():
+        page(copy)
     write_json(place / "result.json", result)
+    if error is None:  # the next step need not wait for this one's page
+        page(copy)
     return result
