@@ -104,18 +104,19 @@ def last_event(folder: Path) -> str:
     return f"cell {events[0]['cell']} of {events[0]['of']}" if events else ""
 
 
-def ended(child: Child) -> int | None:
-    "The exit code of a worker that ends within a moment."
+def ended(child: Child, within_s: float) -> int | None:
+    "The exit code of a worker that ends within so many seconds."
     try:
-        return child.wait(0.02).code
+        return child.wait(within_s).code
     except TimeoutError:
         return None
 
 
 def watch(child: Child, stop: threading.Event, show: Callable[[], None], limit_s: float, done: Callable[[], bool]) -> int:
     "Wait until a worker is done or has ended; its exit code."
-    asked, shown, deadline = 0.0, 0.0, time.monotonic() + limit_s if limit_s else float("inf")
-    while (code := ended(child)) is None:
+    asked, shown, began = 0.0, 0.0, time.monotonic()
+    deadline = began + limit_s if limit_s else float("inf")
+    while (code := ended(child, 0.005 if time.monotonic() < began + 2 else 0.05)) is None:
         if done():
             return 0
         now = time.monotonic()
