@@ -184,6 +184,39 @@ def test_a_step_runs_in_the_project_when_the_workers_see_it(near, shop):
     assert not list((shop / ".mlops").glob("probe-*")) and cluster.slots(near.address) == 4
 
 
+PIPELINE = """
+[[step]]
+name = "first"
+notebook = "first.ipynb"
+matrix = { n = [1, 2, 3] }
+
+[[step]]
+name = "last"
+notebook = "last.ipynb"
+params = { found = "{first.twice}" }
+"""
+
+
+def test_a_pipeline_runs_on_the_cluster_by_one_setting(near, shop, monkeypatch):
+    "The whole of `mlops run`: three steps at once, their outputs handed on, nothing run again, and a failure gone on with."
+    from mlops_nb.core.errors import RunFailed
+    from mlops_nb.pipeline.resume import resume
+    from mlops_nb.pipeline.runs import run as run_pipeline
+
+    monkeypatch.setenv("MLOPS_CLUSTER_DASK", near.address)
+    monkeypatch.setenv("MLOPS_TRACKING_RUNS", "no")
+    monkeypatch.chdir(shop)
+    notebook(shop, "import mlops_nb as mlops", "mlops.output(twice=2 * n)", name="first")
+    notebook(shop, "import mlops_nb as mlops", "mlops.output(best=max(found), wrong=1 / bottom)", name="last", parameters="found: list = []\nbottom: int = 0")
+    (shop / "pipeline.toml").write_text(PIPELINE)
+    with pytest.raises(RunFailed, match="step last failed in cell 3.*ZeroDivisionError"):
+        run_pipeline()
+    notebook(shop, "import mlops_nb as mlops", "mlops.output(best=max(found))", name="last", parameters="found: list = []\nbottom: int = 0")
+    done = resume()
+    assert done.outputs["last"] == {"best": 6} and [row["verdict"] for row in done.steps] == ["cached"] * 3 + ["passed"]
+    assert (done.folder / "last" / "last.ipynb.html").exists()
+
+
 def test_a_failing_notebook_comes_back_as_it_would_here(near, shop):
     notebook(shop, "1 / 0")
     job = job_of(shop)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ..core.errors import MlopsError, known
-from ..core.report import Report
+from ..core.report import Noun, Report
 from ..core.settings import in_project
 from .verbs import VERBS, Argument, Verb
 
@@ -132,8 +132,9 @@ def split_global(words: list[str]) -> tuple[str | None, list[str]]:
     return None, words
 
 # %% ../../nbs/interface/cli.ipynb #b54dd6e5
-def show(report: Report, as_json: bool) -> int:
-    print(report.json() if as_json else report.text())
+def show(result: object, as_json: bool) -> int:
+    report = as_report(result)
+    print(report.json() if as_json else str(result) if isinstance(result, Noun) else report.text())
     if report.saved and not as_json:
         print(f"\nreport: {report.saved}", file=sys.stderr)
     return 0 if report.passed else 1
@@ -154,7 +155,7 @@ def execute(words: list[str]) -> int:
     verb = VERBS[words[0]]
     options = verb_parser(verb).parse_args(words[1:])
     with in_project(folder or os.environ.get("MLOPS_PROJECT") or os.getcwd()):
-        return show(as_report(call(verb, options)), options.json)
+        return show(call(verb, options), options.json)
 
 # %% ../../nbs/interface/cli.ipynb #9de3d928
 def main(
