@@ -15,6 +15,7 @@ from pathlib import Path
 from .errors import GateFailed, Invalid, NotFound
 from .files import disk_faults, read_json, write_json
 from .report import Report, plain
+from .secrets import Redactor, secrets_of
 from .settings import project
 
 # %% ../../nbs/core/step.ipynb #389fd0d6
@@ -45,6 +46,7 @@ def output(
     facts = plain(facts)
     if (step := current_step()) is None:
         return facts
+    facts = Redactor(secrets_of(os.environ)).value(facts)
     file = step.folder / "outputs.json"
     together = {**(read_json(file) if file.exists() else {}), **facts}
     write_json(file, together)

@@ -10,6 +10,7 @@ import os
 import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -23,8 +24,8 @@ from ..core.errors import Invalid, NotFound, Unavailable
 from .fresh import become, live, passed_on
 
 # %% auto #0
-__all__ = ['FORKS', 'say', 'hear', 'Exit', 'readable', 'kill', 'Child', 'Forks', 'main', 'main_alone', 'asked', 'spawned',
-           'spawned_alone', 'start']
+__all__ = ['FORKS', 'say', 'hear', 'Exit', 'same_user', 'readable', 'kill', 'Child', 'Forks', 'main', 'main_alone', 'asked',
+           'spawned', 'spawned_alone', 'start']
 
 # %% ../../nbs/pipeline/processes.ipynb #2a01603d
 def say(
@@ -73,6 +74,13 @@ class Exit:
         "From what `os.wait4` tells."
         unit = 2**20 if sys.platform == "darwin" else 2**10
         return cls(os.waitstatus_to_exitcode(status), round(usage.ru_utime + usage.ru_stime, 3), round(usage.ru_maxrss / unit, 1))
+
+
+def same_user(line: socket.socket) -> bool:
+    "Whether the process at the other end belongs to this user; where the system cannot say, the permissions of the socket's folder have."
+    if not hasattr(socket, "SO_PEERCRED"):
+        return True
+    return struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1] == os.getuid()
 
 
 def readable(line: socket.socket, timeout_s: float | None = 0) -> bool:

@@ -13,14 +13,12 @@ from pathlib import Path
 from ..core.errors import Invalid, NotFound, known
 from ..core.report import Report
 from ..core.settings import Project, project
-from .attempts import Crew, Screen
 from .cache import because, differences, packages_at
 from .code import remembering
 from .flow import Decision
 from .graph import Pipeline
-from .history import folder_of, record, save
-from .runs import Decider, Run, begun, borrowed, carried_out, hidden, in_turn, pipeline_of, told_to_mlflow, warmed
-from .runs import in_background
+from .history import folder_of, record
+from .runs import Decider, Run, begun, borrowed, in_turn, pipeline_of, undertaken
 from .steps import PipelineStep, slug
 
 # %% auto #0
@@ -97,8 +95,4 @@ def resume(
     with remembering(here.state / "cache" / "code.json"), in_turn(here, pipeline.name, "refuse"):
         decide = Continuation(found, Decider(here, found["source"]))
         again = begun(here, pipeline, steps, values, found["source"], resumed_from=found["id"])
-        crew = Crew(here, again["id"], Screen(len(steps), explain=explain), lambda: save(again), cluster=here.settings.cluster.dask, hide=hidden(here).value)
-        in_background(warmed, steps, here)
-        if here.settings.tracking.runs:
-            in_background(told_to_mlflow, here, again["id"])
-        return carried_out(again, pipeline, steps, {**borrowed(steps, found["source"]), **values}, decide, crew, jobs)
+        return undertaken(here, again, pipeline, steps, {**borrowed(steps, found["source"]), **values}, decide, jobs=jobs, explain=explain)

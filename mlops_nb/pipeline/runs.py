@@ -251,6 +251,22 @@ def carried_out(record: dict, pipeline: Pipeline, steps: tuple[PipelineStep, ...
     return done
 
 # %% ../../nbs/pipeline/runs.ipynb #c6e56cc0
+def begun(here: Project, pipeline: Pipeline, steps: Iterable[PipelineStep], values: Mapping[str, object], source: str, resumed_from: str = "") -> dict:
+    "A new run's record, saved, with a row for each step that waits."
+    rows = [{"step": step.name, "notebook": os.path.relpath(step.notebook, here.folder)} for step in steps]
+    return save(new_record(here, pipeline.name, source, hidden(here).value(dict(values)), rows, trigger=os.environ.get("MLOPS_TRIGGER", ""), resumed_from=resumed_from))
+
+
+def undertaken(here: Project, record: dict, pipeline: Pipeline, steps: tuple[PipelineStep, ...], values: Mapping[str, object], decide: Callable, *,
+               jobs: int, explain: bool, to: str = "") -> Run:
+    "Carry out a run that is on record, with everything that goes on beside it."
+    crew = Crew(here, record["id"], Screen(len(steps), explain=explain), lambda: save(record), cluster=here.settings.cluster.dask, to=to, hide=hidden(here).value)
+    in_background(warmed, steps, here)
+    if here.settings.tracking.runs:
+        in_background(told_to_mlflow, here, record["id"])
+    return carried_out(record, pipeline, steps, values, decide, crew, jobs)
+
+# %% ../../nbs/pipeline/runs.ipynb #9315fa7b
 def run(
     what: str = ".",  # a pipeline.toml, the name of a pipeline, a folder that holds one, or a notebook
     *,
@@ -278,14 +294,4 @@ def run(
             return planned(pipeline, steps, known, values, decide)
         with in_turn(here, pipeline.name, overlap):
             record = begun(here, pipeline, steps, values, source)
-            crew = Crew(here, record["id"], Screen(len(steps), explain=explain), lambda: save(record), cluster=here.settings.cluster.dask, to=to, hide=hidden(here).value)
-            in_background(warmed, steps, here)
-            if here.settings.tracking.runs:
-                in_background(told_to_mlflow, here, record["id"])
-            return carried_out(record, pipeline, steps, known, decide, crew, jobs)
-
-# %% ../../nbs/pipeline/runs.ipynb #9315fa7b
-def begun(here: Project, pipeline: Pipeline, steps: Iterable[PipelineStep], values: Mapping[str, object], source: str, resumed_from: str = "") -> dict:
-    "A new run's record, saved, with a row for each step that waits."
-    rows = [{"step": step.name, "notebook": os.path.relpath(step.notebook, here.folder)} for step in steps]
-    return save(new_record(here, pipeline.name, source, hidden(here).value(dict(values)), rows, trigger=os.environ.get("MLOPS_TRIGGER", ""), resumed_from=resumed_from))
+            return undertaken(here, record, pipeline, steps, known, decide, jobs=jobs, explain=explain, to=to)

@@ -14,7 +14,6 @@ import selectors
 import signal
 import socket
 import stat
-import struct
 import sys
 import tempfile
 import threading
@@ -29,11 +28,11 @@ from typing import Any
 from ..core.errors import Unavailable
 from ..core.files import timestamp
 from . import checkpoints
-from .processes import Child, Exit, hear, kill, say
+from .processes import Child, Exit, hear, kill, same_user, say
 
 # %% auto #0
-__all__ = ['WAITING', 'THREADED', 'free_bytes', 'on_gpu', 'obstacle', 'openmps', 'release_openmp', 'handles', 'detach',
-           'same_user', 'note', 'Sleeper', 'tend', 'rise', 'listening', 'Ropes', 'Keeping', 'wake', 'forget']
+__all__ = ['WAITING', 'THREADED', 'free_bytes', 'at_work', 'on_gpu', 'obstacle', 'openmps', 'release_openmp', 'handles', 'detach',
+           'note', 'Sleeper', 'tend', 'rise', 'listening', 'Ropes', 'Keeping', 'wake', 'forget']
 
 # %% ../../nbs/pipeline/snapshots.ipynb #0c3f762a
 WAITING = {"TMonitor"}  # threads that nobody waits for: tqdm's
@@ -48,6 +47,15 @@ def free_bytes() -> int:
     with suppress(OSError, ValueError):
         free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     return free
+
+
+def at_work(thread: str) -> bool:
+    "Whether a thread of that name runs; polars starts its own with the first query, not with the import."
+    for task in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):
+            if task.read_text().strip() == thread:
+                return True
+    return False
 
 
 def on_gpu() -> bool:
@@ -70,7 +78,7 @@ def obstacle(
         return "this system cannot fork a process safely"
     if theirs := [one.name for one in threading.enumerate() if one not in ours and type(one).__name__ not in WAITING]:
         return f"the notebook runs a thread ({theirs[0]}), which a copy would not have"
-    if threaded := sorted(THREADED & set(sys.modules)):
+    if threaded := sorted(one for one in THREADED & set(sys.modules) if one != "polars" or at_work("polars-0")):
         return f"{threaded[0]} runs threads that a copy would not have"
     if on_gpu():
         return "the process uses a graphics card"
@@ -122,13 +130,6 @@ def detach(before: dict[int, tuple[int, int]]) -> None:
     sys.stdin, sys.stdout, sys.stderr, sys.displayhook = sys.__stdin__, sys.__stdout__, sys.__stderr__, sys.__displayhook__
     note(Path("/proc/self/oom_score_adj"), "0")
     note(Path("/proc/self/comm"), "mlops-snapshot")
-
-
-def same_user(line: socket.socket) -> bool:
-    "Whether the process at the other end belongs to this user; where the system cannot say, the folder's permissions have."
-    if not hasattr(socket, "SO_PEERCRED"):
-        return True
-    return struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1] == os.getuid()
 
 
 def note(path: Path, text: str) -> None:

@@ -12,7 +12,6 @@ import selectors
 import signal
 import socket
 import stat
-import struct
 import subprocess
 import sys
 import tempfile
@@ -27,12 +26,12 @@ from ..core.errors import MlopsError, Unavailable
 from ..core.files import disk_faults
 from .fresh import live
 from .preloads import OURS, PRELOADED, digest, is_package, learn, load_ahead, loaded_state, memory_file, recall, remember, unsafe
-from .processes import Forks, hear, say
+from .processes import Forks, hear, same_user, say
 
 # %% auto #0
 __all__ = ['READ_AT_IMPORT', 'ALONG', 'QUIET', 'ALWAYS', 'STARTED', 'read_at_import', 'standing', 'key', 'meeting_place',
-           'same_user', 'wanted', 'hidden_by', 'Loaded', 'Door', 'Parent', 'serve', 'main', 'launch', 'knock',
-           'enabled', 'reach', 'prepare', 'ask', 'status', 'stop']
+           'wanted', 'hidden_by', 'Loaded', 'Door', 'Parent', 'serve', 'main', 'launch', 'knock', 'enabled', 'reach',
+           'prepare', 'ask', 'status', 'stop']
 
 # %% ../../nbs/pipeline/warm.ipynb #9455beba
 READ_AT_IMPORT = ("PYTHON", "LD_", "DYLD_", "OMP_", "OPENBLAS_", "GOTO_", "MKL_", "KMP_", "BLIS_", "VECLIB_", "NUMEXPR_", "NUMBA_", "CUDA_", "NVIDIA_", "HIP_", "ROCR_", "TORCH", "PYTORCH_", "TF_",
@@ -84,11 +83,7 @@ def meeting_place(
     return folder / f"{key(environment)}.sock"
 
 
-def same_user(line: socket.socket) -> bool:
-    "Whether the process at the other end belongs to this user."
-    if hasattr(socket, "SO_PEERCRED"):
-        return struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1] == os.getuid()
-    return True  # the folder's permissions have said so already
+
 
 # %% ../../nbs/pipeline/warm.ipynb #6892fd2b
 ALWAYS = ("papermill", "nbclient", "nbconvert.exporters.html", "jupyter_client.asynchronous", "jupyter_client.provisioning", "ipykernel.kernelapp", "ipykernel.zmqshell", "IPython.core.completer",
