@@ -339,7 +339,7 @@ def frame(n=3):
 
 
 def test_the_same_again_is_cached_and_linked(one):
-    assert str(one.ask()) == "re-runs because it has never run"
+    assert str(one.ask()) == "it has never run"
     number = one.go(outputs={"a": 1})
     found = one.ask()
     assert found and found.run == number and found.linked["cached_from"] == number and found.linked["verdict"] == "cached" and found.linked["outputs"] == {"a": 1}

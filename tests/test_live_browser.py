@@ -38,7 +38,7 @@ def test_a_failed_notebook_opens_with_its_variables(tmp_path, monkeypatch, page)
         page.keyboard.press("Control+A")
         page.keyboard.type("sorted(sales.items())")
         shown = page.locator(".jp-CodeCell").last.locator(".jp-OutputArea-output").filter(has_text=re.compile(r"\[\('France', 500\), \('Spain', 7\)\]"))
-        for _ in range(10):  # JupyterLab drops what is run before it has connected
+        for _ in range(45):  # JupyterLab drops what is run before it has connected
             lab.execute(page, "notebook:run-cell")
             page.wait_for_timeout(1000)
             if shown.count():

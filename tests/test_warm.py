@@ -481,10 +481,10 @@ def test_a_runner_prepares_what_its_notebooks_import(home):
 
 
 def test_an_idle_parent_imports_what_is_learnt(home):
-    first, _ = told(home, "loaded", {"names": ["yaml"]})
-    preloads.remember(["yaml"], runs=1)
+    first, _ = told(home, "loaded", {"names": ["cronsim"]})
+    preloads.remember(["cronsim"], runs=1)
     assert first["loaded"] == [False]
-    assert soon(lambda: told(home, "loaded", {"names": ["yaml"]})[0] == {"loaded": [True], "parent": first["parent"]})
+    assert soon(lambda: told(home, "loaded", {"names": ["cronsim"]})[0] == {"loaded": [True], "parent": first["parent"]})
 
 
 def test_a_kernel_tells_what_it_used(home):

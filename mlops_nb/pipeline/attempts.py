@@ -117,7 +117,7 @@ def watch(child: Child, stop: threading.Event, show: Callable[[], None], limit_s
     asked, shown, began = 0.0, 0.0, time.monotonic()
     deadline = began + limit_s if limit_s else float("inf")
     while (code := ended(child, 0.005 if time.monotonic() < began + 2 else 0.05)) is None:
-        if done():
+        if done() and not asked:
             return 0
         now = time.monotonic()
         if now > shown + 0.2:
@@ -130,7 +130,7 @@ def watch(child: Child, stop: threading.Event, show: Callable[[], None], limit_s
             child.signal(signal.SIGKILL)
     return code
 
-
+# %% ../../nbs/pipeline/attempts.ipynb #615654ec
 def here(job: dict, show: Callable[[], None], stop: threading.Event, busy: list[Child]) -> dict:
     "Run a job in a process of this machine; the facts of its result. A worker that is done may be busy with its page for a moment more."
     reading, writing = os.pipe()
@@ -236,8 +236,8 @@ class Crew:
         "Wait until every worker has written its page."
         for child in self.busy:
             with suppress(TimeoutError):
-                child.wait(60)
-            child.close()
+                child.wait(GRACE_S)
+            child.close()  # which kills it, should it still run
 
 # %% ../../nbs/pipeline/attempts.ipynb #d696bb0b
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
