@@ -1,6 +1,7 @@
 """Runs: side by side, not again when nothing changed, again when something failed; and what the user sees when things go wrong."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -271,6 +272,16 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_runs(shop):
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_reading_the_lines_does_not_end_a_run(shop):
+    write("a.ipynb", "")
+    pipeline(step("a"))
+    reading, writing = os.pipe()
+    os.close(reading)
+    subprocess.run([sys.executable, "-m", "mlops_nb", "run"], stderr=writing, stdout=subprocess.DEVNULL, env={**os.environ, "MLOPS_PROGRESS": "1"})
+    os.close(writing)
+    assert record()["status"] == "passed"
 
 
 def test_a_segfault_is_one_sentence_and_the_notebook_is_kept(shop):

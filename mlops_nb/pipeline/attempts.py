@@ -47,7 +47,7 @@ class Screen:
         if self.silent:
             return
         line = f"[{place}/{self.steps}] {name} … {text}".rstrip()
-        with self.lock:
+        with self.lock, suppress(OSError):  # nobody reads any more: the run goes on
             self.running.pop(place, None)
             if not over:
                 self.running[place] = line
