@@ -161,6 +161,22 @@ def test_a_new_version_of_the_data_is_a_reason(shop):
     assert again.outputs["count"] == {"rows": 4} and again.steps[0]["why"] == "re-runs because orders@2 replaced orders@1"
 
 
+def test_data_saved_by_a_step_of_the_same_run_is_a_reason_for_those_after_it(shop):
+    import pandas as pd
+
+    from mlops_nb.data.store import save
+
+    save(pd.DataFrame({"x": [1]}), "orders")
+    load = "from mlops_nb.data.store import load, save\n" + OUTPUT
+    write("before.ipynb", "", load + "output(rows=len(load('orders')))")
+    write("add.ipynb", "rows: int = 1", "import pandas as pd\n" + load + "saved = save(pd.DataFrame({'x': range(rows)}), 'orders')")
+    write("after.ipynb", "", load + "output(rows=len(load('orders')))")
+    pipeline("[params]\nrows = 1\n" + step("before") + step("add", needs='["before"]', params='{ rows = "{rows}" }') + step("after", needs='["add"]'))
+    run()
+    again = run(params={"rows": "5"})
+    assert verdicts(again)[1:] == ["passed", "passed"] and again.outputs["after"] == {"rows": 5}
+
+
 def test_a_step_may_say_that_it_is_never_taken_from_an_earlier_run(shop):
     write("deploy.ipynb", "", OUTPUT + "output(done=True)")
     pipeline(step("deploy", cache=False))

@@ -113,6 +113,7 @@ def flow(
     crew: Crew,  # the run
     *,
     jobs: int = 0,  # how many steps at a time; 0 means as many as there are cores
+    forget: Callable[[], None] = lambda: None,  # called when a step has run: what was looked up before it may be different now
 ) -> None:
     "Run the steps; the first error is raised once nothing runs any more."
     jobs, values, places = jobs or os.cpu_count() or 1, dict(values), {step.name: place for place, step in enumerate(steps, 1)}
@@ -131,6 +132,7 @@ def flow(
                 over = wait(running, return_when=FIRST_COMPLETED).done
                 for one in over:
                     step = running.pop(one)
+                    forget()
                     if (error := one.exception()) is not None:
                         problem = problem or error
                     else:

@@ -234,7 +234,7 @@ def carried_out(record: dict, pipeline: Pipeline, steps: tuple[PipelineStep, ...
     "Run the steps of a record that is saved already; the error that ends it is raised once everything is saved and told."
     rows, began, error = {row["step"]: row for row in record["steps"]}, time.perf_counter(), None
     try:
-        flow(steps, rows, values, decide, crew, jobs=places(crew, jobs))
+        flow(steps, rows, values, decide, crew, jobs=places(crew, jobs), forget=decide.forget)
     except BaseException as caught:
         error = caught
     crew.finish()
