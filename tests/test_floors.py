@@ -12,7 +12,7 @@ PACKAGE = ROOT / "mlops_nb"
 ROWS = [{"core"}, {"data"}, {"model"}, {"validate", "monitor"}, {"serve"}, {"deploy"}, {"pipeline"}, {"interface"}]
 FLOOR = {name: row for row, names in enumerate(ROWS) for name in names}
 DOORS = {
-    "mlflow": {"model/backend.py"},
+    "mlflow": {"model/backend.py", "deploy/mlflow_plugin.py"},
     "papermill": {"pipeline/notebook.py"},
     "starlette": {"serve/app.py"},
     "granian": {"serve/server.py"},
@@ -27,6 +27,10 @@ DOORS = {
     "fsspec": {"data/transfer.py"},
     "pandera": {"data/schema_formats.py"},
     "pyfastcdc": {"data/chunks.py"},
+    "prometheus_client": {"serve/observe.py"},
+    "grpc": {"serve/grpc.py"},
+    "opentelemetry": {"serve/traces.py"},
+    "uvloop": {"serve/workers.py"},
 }
 HEAVY = ("mlflow", "papermill", "sklearn", "pandas", "numpy", "starlette", "jupyter_server", "pyarrow", "matplotlib", "IPython", "pydantic")
 EDGES = {"cli", "magics", "lab"}

@@ -12,11 +12,13 @@ from starlette.testclient import TestClient
 
 from mlops_nb.core.errors import Conflict, Invalid
 from mlops_nb.core.files import digest_of
-from mlops_nb.serve.app import Limits, Served, app
-from mlops_nb.serve.protocol import columns_of, frame_of, parse_csv, parse_json
-from mlops_nb.serve.server import listen, serve
+from mlops_nb.serve.endpoint import Limits
+from mlops_nb.serve.inputs import Inputs, columns_of
+from mlops_nb.serve.protocol import parse_csv, parse_json
+from mlops_nb.serve.server import listen
+from mlops_nb.serve.workers import serve
+from serving import TOKEN, asking_app, journal_of
 
-TOKEN = "a-token-for-tests"
 INPUTS = [{"name": "pieces", "type": "long", "required": True}, {"name": "price", "type": "double", "required": True},
           {"name": "country", "type": "string", "required": True}, {"name": "gift", "type": "boolean", "required": False}]
 ROW = {"pieces": 2, "price": 1.5, "country": "France"}
@@ -34,8 +36,7 @@ class Shelf:
 
 
 def client(predict=Shelf().predict, inputs=INPUTS, token=TOKEN, **more) -> TestClient:
-    served = Served(predict, "shelf", 3, columns_of(inputs), digest="d1", instance="i1")
-    return TestClient(app(served, token_digest=digest_of(TOKEN.encode()), **more), headers={"Authorization": f"Bearer {token}"} if token else {})
+    return TestClient(asking_app(predict, inputs, **more), headers={"Authorization": f"Bearer {token}"} if token else {})
 
 
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic " + TOKEN, TOKEN, f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}",
@@ -44,10 +45,10 @@ def test_no_route_answers_without_the_token(header):
     made = client(token="").app
     asking = TestClient(made)
     paths = [(method, route.path) for route in made.routes for method in route.methods] + [("GET", "/nowhere"), ("POST", "/v2/models")]
-    assert {path for _, path in paths} > {"/ping", "/health", "/version", "/invocations", "/predict"}
+    assert {path for _, path in paths} > {"/ping", "/health", "/version", "/invocations", "/predict", "/", "/metrics", "/v2/models/{model}/infer", "/admin/traffic"}
     for method, path in paths:
         got = asking.request(method, path, headers={"Authorization": header} if header is not None else {})
-        assert got.status_code == 401 and got.headers["www-authenticate"] == "Bearer", (method, path)
+        assert got.status_code == 401 and got.headers["www-authenticate"].startswith("Bearer"), (method, path)
     for path in ("/ping", "/health", "/version"):
         assert asking.get(path, headers={"Authorization": f"bearer {TOKEN}"}).status_code == 200
 
@@ -116,7 +117,7 @@ MALFORMED = [
 def test_a_bad_body_gets_a_4xx_and_a_sentence(body, kind, status, words):
     asking = client()
     got = asking.post("/invocations", content=body, headers={"Content-Type": kind} if kind else {})
-    assert (got.status_code, list(got.json())) == (status, ["error"]) and words in got.json()["error"]
+    assert (got.status_code, list(got.json())) == (status, ["error", "request"]) and words in got.json()["error"]
     assert client().post("/predict", content=body, headers={"Content-Type": kind} if kind else {}).status_code in (400, 415, 422)
     assert asking.post("/predict", json=[ROW]).status_code == 200
 
@@ -130,16 +131,22 @@ WRONG = [("pieces", "2", "an integer, got a string"), ("pieces", 2.5, "an intege
 def test_a_wrong_value_is_named_by_row_column_expected_and_got(column, value, words):
     seen = []
     got = client(lambda rows: seen.append(rows)).post("/invocations", json={"dataframe_records": [ROW | {"gift": False}, {**ROW, "gift": True, column: value}]})
-    assert got.status_code == 422 and f"row 1, column {column!r}: expected {words}" in got.json()["error"] and not seen
+    assert got.status_code == 422 and f"row 1, column {column!r}: expected {words}" in got.json()["error"]
+    assert not any("France" in rows["country"].values for rows in seen)
+
+
+def framed(table, columns):
+    inputs = Inputs(columns)
+    return inputs.frame(inputs.rows(table), inputs.named(table))
 
 
 def test_types_arrive_as_they_were_in_training():
-    frame = frame_of(parse_json(b'{"dataframe_records": [{"n": 1, "x": 1, "s": null, "t": "2011-11-09T10:00:00Z"}, {"n": 2.0, "x": null, "s": "a", "t": "2011-11-10"}]}'),
+    frame = framed(parse_json(b'{"dataframe_records": [{"n": 1, "x": 1, "s": null, "t": "2011-11-09T10:00:00Z"}, {"n": 2.0, "x": null, "s": "a", "t": "2011-11-10"}]}'),
                      columns_of({"n": "long", "x": "double", "s": "string", "t": "datetime"}))
     assert frame["n"].dtype == "int64" and frame["x"].dtype == "float64" and frame["x"].isna().tolist() == [False, True] and frame["t"].dt.day.tolist() == [9, 10]
     with pytest.raises(Invalid, match="column 't'"):
-        frame_of(parse_json(b'{"inputs": {"t": ["the ninth"]}}'), columns_of({"t": "datetime"}))
-    text = frame_of(parse_csv(b"n,x,s,t\n1,,,2011-11-09\n", columns_of({"n": "long", "x": "double", "s": "string", "t": "datetime"})), columns_of({"n": "long", "x": "double", "s": "string"}))
+        framed(parse_json(b'{"inputs": {"t": ["the ninth"]}}'), columns_of({"t": "datetime"}))
+    text = framed(parse_csv(b"n,x,s,t\n1,,,2011-11-09\n", columns_of({"n": "long", "x": "double", "s": "string", "t": "datetime"})), columns_of({"n": "long", "x": "double", "s": "string"}))
     assert list(text) == ["n", "x", "s"] and text["x"].isna().all() and text["s"].isna().all()
 
 
@@ -185,15 +192,19 @@ def test_too_much_is_refused_before_it_is_read():
     assert client(limits=limits).post("/predict", content=iter([b" " * 600] * 2), headers={"Content-Type": JSON}).status_code == 413
 
 
-def test_the_hook_sees_what_was_answered_and_cannot_fail_it():
+def test_the_journal_gets_what_was_answered_and_cannot_fail_it():
     seen = []
-    got = client(on_prediction=lambda *one: seen.append(one)).post("/predict", json=[ROW])
-    (rows, answers, facts), = seen
-    assert rows["pieces"].tolist() == [2] and answers == [3.0] and facts["model"] == "shelf@3" and facts["request"] == got.headers["x-request-id"]
-    failing = client(on_prediction=lambda *one: 1 / 0)
-    assert failing.post("/predict", json=[ROW]).status_code == 200 and failing.get("/health").json()["log_errors"] == 1
+    journal = journal_of(seen.extend)
+    got = client(journal=journal).post("/predict", json=[ROW])
+    assert journal.close()
+    entry, = seen
+    assert entry.rows == [(2, 1.5, "France", None)] or entry.rows[0][:3] == (2, 1.5, "France")
+    assert entry.answers == [3.0] and entry.model == "shelf@3" and entry.request == got.headers["x-request-id"] and entry.names[:3] == ("pieces", "price", "country")
+    broken = journal_of(lambda entries: 1 / 0)
+    failing = client(journal=broken)
+    assert failing.post("/predict", json=[ROW]).status_code == 200
     failing.post("/predict", json=[{}])
-    assert failing.get("/health").json()["log_errors"] == 1
+    assert broken.close() and failing.get("/health").json()["log_errors"] == 1
 
 
 def test_the_event_loop_answers_while_a_model_thinks():
@@ -227,16 +238,33 @@ def test_serve_wants_a_token_and_a_free_port(monkeypatch):
 
 
 def test_a_foreground_server_answers_over_the_wire_and_leaves_politely(tmp_path):
-    program = tmp_path / "shop.py"
-    program.write_text(f"""
-import asyncio, sys
-from mlops_nb.serve.app import Served, app
-from mlops_nb.serve.server import answer_until_stopped, listen
-port = listen()
-print(port.getsockname()[1], flush=True)
-asyncio.run(answer_until_stopped(app(Served(lambda rows: [len(rows)] * len(rows), "count"), token_digest={digest_of(TOKEN.encode())!r}), port))
+    (tmp_path / "shop.py").write_text(f"""
+from mlops_nb.core.files import digest_of
+from mlops_nb.serve.plan import planned, write_plan
+from mlops_nb.serve.server import listen
+from mlops_nb.serve.sources import Version
+from mlops_nb.serve.workers import answer_until_stopped
+
+class Count:
+    def predict(self, rows):
+        return [len(rows)] * len(rows)
+    def resolve(self, name, selector):
+        return Version(name, "1")
+    def load(self, version):
+        return self
+    def stamp(self):
+        return 0
+
+def source(order):
+    return Count()
+
+if __name__ == "__main__":
+    write_plan("plan.json", planned("count@1"))
+    port = listen()
+    order = {{"plan": "plan.json", "source": "shop:source", "token_digests": [digest_of(b"{TOKEN}")]}}
+    answer_until_stopped(order, port, 2, lambda: print(port.getsockname()[1], flush=True))
 """)
-    process = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "shop.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     try:
         url = f"http://127.0.0.1:{int(process.stdout.readline())}"
         with httpx.Client(trust_env=False, timeout=30, headers={"Authorization": f"Bearer {TOKEN}"}) as asking:

@@ -47,11 +47,35 @@ class TrackingSection(Section):
 
 
 class DeploySection(Section):
-    target: Literal["local"] = Field("local", description="where it runs")
+    target: Literal["local", "docker", "compose", "kubernetes", "kserve"] = Field("local", description="where it runs")
     model: str = Field("", description="a model address; empty means the deployment's name at its champion")
     host: str = Field("127.0.0.1", description="the address it listens on; loopback unless you say otherwise")
     port: int = Field(0, ge=0, le=65535, description="a port; 0 picks a free one")
     token_env: str = Field("", description="environment variable with the bearer token; empty makes a private one")
+    key: str = Field("", description="a column; requests with the same value in it get the same version")
+    shadow_percent: float = Field(100, ge=0, le=100, description="percent of the requests that a shadow gets a copy of")
+    rate_per_s: float = Field(0, ge=0, description="requests a second for each token; 0 is no limit")
+    total_per_s: float = Field(0, ge=0, description="requests a second for all together; 0 is no limit")
+    origins: str = Field("", description="web pages that may ask, with commas between, such as https://shop.example; empty for none")
+    grpc_port: int = Field(0, ge=0, le=65535, description="a port for Open Inference over gRPC; 0 is off")
+    access_log: str = Field("", description="file for a line a request, relative to the project; empty is off")
+    payloads: bool = Field(False, description="whether that log holds what clients sent, without secrets")
+    collector: str = Field("", description="an OpenTelemetry collector such as http://127.0.0.1:4318; empty is off")
+    image: str = Field("", description="an image's reference in a registry; {model} and {version} are filled in")
+    base: str = Field("", description="the image to build on; empty takes Python's own")
+    engine: str = Field("", description="docker or podman; empty takes the one that answers")
+    env_file: str = Field("", description="file with environment variables for the container, relative to the project")
+    cpu: float = Field(0, ge=0, description="cores for each container; 0 takes the target's own default")
+    memory_gb: float = Field(0, ge=0, description="memory for each container; 0 takes the target's own default")
+    workers: int = Field(0, ge=0, description="processes in each container; 0 takes one a core")
+    namespace: str = Field("", description="a Kubernetes namespace")
+    context: str = Field("", description="a context of the kubeconfig; none only writes files")
+    gateway: str = Field("", description="a Gateway as namespace/name that splits traffic between servers")
+    hostname: str = Field("", description="the name under which the cluster is reached")
+    callers: str = Field("", description="namespaces that may ask, with commas between")
+    secret: str = Field("", description="a Secret in the cluster with the token digests; empty makes one")
+    pull_secret: str = Field("", description="a Secret in the cluster for pulling the image")
+    mode: Literal["", "standard", "knative"] = Field("", description="how KServe runs it")
 
 # %% ../../nbs/core/settings.ipynb #33639b30
 class MonitorSection(Section):

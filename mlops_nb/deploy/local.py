@@ -5,8 +5,6 @@
 # %% ../../nbs/deploy/local.ipynb #2ad4006e
 from __future__ import annotations
 
-import asyncio
-import json
 import logging
 import os
 import signal
@@ -15,24 +13,24 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlops_nb.core.errors import Conflict, MlopsError, Unavailable
-from mlops_nb.core.files import disk_faults
+from mlops_nb.core.errors import MlopsError, Unavailable
+from mlops_nb.core.files import disk_faults, write_json
 from mlops_nb.core.settings import in_project
-from mlops_nb.serve.server import Answering, listen
+from mlops_nb.serve.server import listen
+from mlops_nb.serve.workers import Pool, hear, say
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
+    from mlops_nb.serve.journal import Entry
 
 # %% auto #0
-__all__ = ['STARTED', 'created', 'alive', 'stop', 'meeting_place', 'offer', 'take', 'say', 'hear', 'called', 'prepared',
-           'instance', 'main', 'Candidate', 'start']
+__all__ = ['STARTED', 'created', 'alive', 'stop', 'meeting_place', 'door_at', 'hand_on', 'take', 'remembering', 'asked_to_stop',
+           'Supervisor', 'main', 'Candidate', 'start']
 
 # %% ../../nbs/deploy/local.ipynb #55f5b32b
 STARTED: dict[int, subprocess.Popen] = {}  # our own children, so that they can be reaped
@@ -94,23 +92,21 @@ def meeting_place(
     return folder / f"{instance}.sock"
 
 
-def offer(port: socket.socket, place: Path) -> socket.socket:
-    "Give the open port to whoever comes to the meeting place; close the returned socket to end it."
+def door_at(place: Path) -> socket.socket:
+    "The door at a meeting place; what a killed process left there is cleared away."
+    place.unlink(missing_ok=True)
     door = socket.socket(socket.AF_UNIX)
     door.bind(str(place))
     door.listen(4)
-
-    def hand_on() -> None:
-        while True:
-            try:
-                visitor, _ = door.accept()
-                with visitor:
-                    socket.send_fds(visitor, [b"port"], [port.fileno()])
-            except OSError:
-                return
-
-    threading.Thread(target=hand_on, daemon=True).start()
     return door
+
+
+def hand_on(door: socket.socket, port: socket.socket) -> None:
+    "Give the open port to the visitor at the door."
+    with suppress(OSError):
+        visitor, _ = door.accept()
+        with visitor:
+            socket.send_fds(visitor, [b"port"], [port.fileno()])
 
 
 def take(place: Path) -> socket.socket:
@@ -124,95 +120,129 @@ def take(place: Path) -> socket.socket:
     return socket.socket(fileno=handles[0])
 
 # %% ../../nbs/deploy/local.ipynb #ab18c47c
-def say(line: socket.socket, ports: Sequence[socket.socket] = (), **message: object) -> None:
-    "Send one message, perhaps with open ports."
-    socket.send_fds(line, [json.dumps(message).encode() + b"\n"], [port.fileno() for port in ports])
-
-
-def hear(line: socket.socket) -> tuple[dict, list[int]]:
-    "The next message and the ports that came with it; `EOFError` when the other side is gone."
-    text, handles = b"", []
-    while not text.endswith(b"\n"):
-        part, more, _, _ = socket.recv_fds(line, 65536, 4)
-        if not part:
-            raise EOFError
-        text, handles = text + part, handles + list(more)
-    return json.loads(text), handles
-
-# %% ../../nbs/deploy/local.ipynb #e44dec9d
-def called(where: str) -> object:
-    "The function behind `module:name`."
-    module, _, name = where.partition(":")
-    return getattr(import_module(module), name)
-
-
-def prepared(order: Mapping) -> Starlette:
-    "The app of an order: the model loaded, its predictions logged."
-    from mlops_nb.monitor.predictions import predictions_of
-    from mlops_nb.serve.app import app
+def remembering(
+    order: Mapping,  # what is served: project, name, trial
+) -> Callable[[list[Entry]], None]:  # writes entries of a journal
+    "Who writes down what was answered."
+    from mlops_nb.monitor.predictions import append_lines, encoded, predictions_of, utc
 
     with in_project(order["project"]):
-        served = called(order["loader"])(order["model"], instance=order["instance"])
-        log = predictions_of(order["name"])
+        logs = {False: predictions_of(order["name"]), True: predictions_of(f"{order['name']}.shadow")}
 
-    def remember(rows: object, answers: list, facts: Mapping) -> None:
-        log.record(rows, answers, model=facts["model"], request=facts["request"])
+    def write(entries: list[Entry]) -> None:
+        at, lines = utc(), {False: [], True: []}
+        for one in entries:
+            if one.request != order.get("trial"):
+                names = one.names or [f"x{i}" for i in range(len(one.rows[0]))]
+                lines[one.shadow] += [encoded({"at": at, "request": one.request, "model": one.model, "inputs": dict(zip(names, row)), "prediction": answer}) for row, answer in zip(one.rows, one.answers)]
+        for shadow, found in lines.items():
+            if found:
+                append_lines(logs[shadow].folder / f"{at[:10]}.jsonl", found)
 
-    return app(served, token_digest=order["token_digest"], on_prediction=remember)
+    return write
 
-# %% ../../nbs/deploy/local.ipynb #eec65937
-async def instance(
-    order: Mapping,  # what to serve
-    line: socket.socket,  # to the process that deploys
-    app: Starlette,  # what answers
-) -> None:
-    "Be tried on a private port, take the public one, answer until SIGTERM, drain."
-    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, stopped.set)
-    endpoint = app.state.endpoint
-    remember, endpoint.on_prediction = endpoint.on_prediction, None
-    trial = Answering(app, listen())
-    trial.start()
-    say(line, port=trial.port.getsockname()[1])
-    _, handles = await asyncio.to_thread(hear, line)
-    endpoint.on_prediction = remember
-    public = Answering(app, socket.socket(fileno=handles[0]))
-    public.start()
-    place = meeting_place(order["instance"])
-    offer(public.port, place)
-    say(line, serving=True)
-    try:
-        await asyncio.to_thread(hear, line)  # the record is written: we are the deployment now
-        logging.info("%s answers as %s", order["model"], order["instance"])
-        await trial.stop()
-        await stopped.wait()
-    finally:
-        place.unlink(missing_ok=True)
-        await public.drain()
-        await asyncio.wait_for(public.stop(), 10)
+# %% ../../nbs/deploy/local.ipynb #e44dec9d
+def asked_to_stop(pool: Pool) -> list[int]:
+    "A list that gets the signals which ask this process to stop; they wake the pool."
+    stopped: list[int] = []
+    wake, woken = socket.socketpair()
+    for one in (wake, woken):
+        one.setblocking(False)
+    signal.set_wakeup_fd(woken.fileno())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stopped.append(number))
+    pool.watched[wake.fileno()] = lambda: wake.recv(64) and woken  # both ends live as long as the pool
+    return stopped
 
-# %% ../../nbs/deploy/local.ipynb #0927312c
+# %% ../../nbs/deploy/local.ipynb #1c1c09ad
+class Supervisor:
+    "A pool of workers, a door for the successor, and a line to whoever deploys."
+
+    def __init__(
+        self,
+        order: dict,  # what to serve: project, name, instance, plan, tokens, workers
+        line: socket.socket | None = None,  # to the process that deploys
+    ):
+        self.order, self.line, self.pool, self.told, self.noted = order, line, Pool(order, order["workers"]), [], None
+        self.stopped = asked_to_stop(self.pool)
+        if line:
+            self.pool.watched[line.fileno()] = lambda: self.told.append(hear(line))
+
+    def until(self, happened: Callable[[], object]) -> None:
+        "Look after the workers until something happened; `EOFError` when the deployer is gone, `Unavailable` when a worker cannot start."
+        while not happened():
+            if self.stopped:
+                raise EOFError
+            self.pool.step(0.5)
+            if problem := next((worker.error for worker in self.pool.held.values() if worker.error), ""):
+                raise Unavailable(problem)
+
+    def tried(self) -> int:
+        "Start the workers on a private port, and its number."
+        self.trial = listen()
+        self.pool.start([self.trial])
+        self.until(lambda: len(self.pool.held) == self.pool.workers and all(worker.ready for worker in self.pool.held.values()))
+        return self.trial.getsockname()[1]
+
+    def answer(self, public: socket.socket) -> None:
+        "Answer on the public port too, and open the door for a successor."
+        self.public, self.place = public, meeting_place(self.order["instance"])
+        self.door = door_at(self.place)
+        self.pool.watched[self.door.fileno()] = lambda: hand_on(self.door, public)
+        self.pool.hand(public)
+
+    def run(self) -> None:
+        "Leave the private port, look after the workers until SIGTERM, drain."
+        if self.line:
+            del self.pool.watched[self.line.fileno()]
+            self.line.close()
+        self.pool.leave()
+        self.trial.close()
+        self.pool.run_until(self.over)
+
+    def over(self) -> bool:
+        "Whether it is to stop; on the way, how often workers were started again is written down."
+        now = {"workers": len(self.pool.held), "restarts": self.pool.restarts}
+        if now != self.noted:
+            self.noted = now
+            with suppress(MlopsError):
+                write_json(f"{self.order['plan']}.workers", now)
+        return bool(self.stopped)
+
+    def end(self) -> None:
+        "Let the workers finish, and close the door."
+        if hasattr(self, "place"):
+            self.place.unlink(missing_ok=True)
+        self.pool.drain()
+
+# %% ../../nbs/deploy/local.ipynb #9454af1e
 def main(
     handle: int,  # the file descriptor of the line to the process that deploys
 ) -> None:
     "The detached process."
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    line, code = socket.socket(fileno=handle), 0
+    line, code, supervisor = socket.socket(fileno=handle), 0, None
     try:
         order, _ = hear(line)
-        try:
-            app = prepared(order)
-        except BaseException as error:
-            say(line, error=str(error) if isinstance(error, MlopsError) else f"loading it failed with {type(error).__name__}")
-            raise
-        asyncio.run(instance(order, line, app))
+        supervisor = Supervisor(order, line)
+        say(line, port=supervisor.tried())
+        supervisor.until(lambda: supervisor.told)
+        supervisor.answer(socket.socket(fileno=supervisor.told.pop()[1][0]))
+        say(line, serving=True)
+        supervisor.until(lambda: supervisor.told)  # the record is written: we are the deployment now
+        supervisor.run()
     except EOFError:
         logging.error("the process that deployed is gone; this candidate ends itself")
         code = 1
-    except BaseException:
+    except BaseException as error:
+        with suppress(OSError):
+            say(line, error=str(error) if isinstance(error, MlopsError) else f"starting it failed with {type(error).__name__}")
         logging.exception("the server ends")
         code = 1
+    finally:
+        if supervisor:
+            supervisor.end()
     logging.shutdown()
     os._exit(code)
 
@@ -250,13 +280,12 @@ class Candidate:
 
 # %% ../../nbs/deploy/local.ipynb #34be26ce
 def start(
-    order: Mapping,  # project, name, model, instance, loader
+    order: Mapping,  # project, name, instance, plan, tokens, workers
     *,
-    token_digest: str,  # BLAKE3 of the bearer token
     log: Path,  # where its messages go
     hidden: Sequence[str] = (),  # environment variables that it must not inherit
 ) -> Candidate:
-    "Start a detached server process; it says its private port when the model is loaded."
+    "Start a detached server process; it says its private port when its workers are ready."
     if os.name != "posix":
         raise Unavailable("a local deployment hands over ports as POSIX systems do, and this is not one; use `mlops serve` in a terminal, or WSL.")
     hidden = {*hidden, "MLOPS_TOKEN", "MLOPS_RUN", "MLOPS_STEP", "MLOPS_STEP_FOLDER"}
@@ -272,5 +301,5 @@ def start(
         os.close(out)
         theirs.close()
     STARTED[process.pid] = process
-    say(ours, **order, token_digest=token_digest)
+    say(ours, **order)
     return Candidate(process, ours, created(process.pid), log)

@@ -58,7 +58,8 @@ def add_argument(parser: argparse.ArgumentParser, argument: Argument, convert: C
     flags += [f"-{SHORT[argument.name]}"] if argument.name in SHORT else []
     note = {"help": argument.help.replace("%", "%%")}
     if argument.positional and argument.kind != "bool":
-        parser.add_argument(argument.name, **note, type=convert, **({} if argument.required else {"nargs": "?", "default": argument.default}))
+        many = {"nargs": "+" if argument.required else "*"} if argument.kind in ("dict", "list") else {} if argument.required else {"nargs": "?", "default": argument.default}
+        parser.add_argument(argument.name, **note, type=convert, **many, **({"metavar": "KEY=VALUE"} if argument.kind == "dict" else {}))
     elif argument.kind == "bool":
         action = argparse.BooleanOptionalAction if argument.default else "store_true"
         parser.add_argument(*flags, dest=argument.name, action=action, default=argument.default, **note)

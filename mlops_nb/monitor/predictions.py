@@ -113,6 +113,20 @@ class PredictionLog:
                                                           for row, answer in zip(rows, answers)])
         return len(rows)
 
+    def record_many(
+        self,
+        entries: Iterable,  # answered requests with names, rows, answers, model and request, as a server's journal holds them
+        *,
+        at: str = "",  # when, ISO 8601; empty means now
+    ) -> int:
+        "Append many requests in one write and return how many rows."
+        at = utc(at)
+        lines = [encoded({"at": at, "request": entry.request, "model": entry.model, "inputs": dict(zip(entry.names, row)), "prediction": answer})
+                 for entry in entries for row, answer in zip(entry.rows, entry.answers)]
+        if lines:
+            append_lines(self.folder / f"{at[:10]}.jsonl", lines)
+        return len(lines)
+
     def days(self) -> list[str]:
         "The days that hold predictions, in order."
         return sorted(file.stem for file in self.folder.glob("????-??-??.jsonl"))
