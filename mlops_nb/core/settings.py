@@ -93,12 +93,26 @@ class ScheduleSection(Section):
     timezone: str = Field("UTC", description="an IANA time zone such as Europe/Paris")
 
 
+class AdviseSection(Section):
+    sensitivity: str = Field("", description="public, internal, confidential or restricted")
+    requests_per_s: float = Field(0, ge=0, description="requests per second at the busiest hour; 0 is not known")
+    pattern: str = Field("", description="steady, daily, bursty or rare")
+    latency_ms: float = Field(0, ge=0, description="milliseconds within which an answer has to be there; 0 is not known")
+    budget: float = Field(0, ge=0, description="money for a month, people included; 0 is no limit")
+    skills: str = Field("", description="docker, kubernetes, aws, gcp, azure with commas between them, or none")
+    resources: str = Field("", description="server, docker, kubernetes, kserve, aws, gcp, azure with commas, or none")
+    compliance: str = Field("", description="gdpr, hipaa, pci, residency, air-gap with commas, or none")
+    own_core_hour: float | None = Field(None, ge=0, description="price of a core-hour on your own machines")
+    cloud_core_hour: float | None = Field(None, ge=0, description="price of a core-hour in a cloud")
+    person_hour: float | None = Field(None, ge=0, description="price of an hour of a person")
+
+
 class ClusterSection(Section):
     dask: str = Field("", description="a Dask scheduler such as tcp://host:8786")
 
 
 SECTIONS = {"project": ProjectSection, "data": DataSection, "tracking": TrackingSection, "monitor": MonitorSection,
-            "alerts": AlertsSection, "schedule": ScheduleSection, "cluster": ClusterSection}
+            "alerts": AlertsSection, "schedule": ScheduleSection, "cluster": ClusterSection, "advise": AdviseSection}
 GATED = ("check", "validate", "monitor")
 
 # %% ../../nbs/core/settings.ipynb #b69914f0
@@ -112,6 +126,7 @@ class Settings:
     alerts: AlertsSection
     schedule: ScheduleSection
     cluster: ClusterSection
+    advise: AdviseSection
     gates: Mapping[str, Mapping[str, str]]
     deploy: Mapping[str, DeploySection]
     delta: Mapping[str, str]

@@ -100,6 +100,7 @@ TABLE = [
     ("validate", "validation", "validate.validation:validate", "Validate a model on data it has not seen, against baselines and the champion",
      "mlops validate recommender@challenger holdout@2", {"model": "model", "data": "data", "history": "data"}),
     ("card", "documentation", "model.card:card", "Write the model card and the operations runbook", "mlops card recommender@champion", {"model": "model"}),
+    ("advise", "deployment", "deploy.advise:advise", "Say where to deploy a model, on premises, in a cloud or both, and why", "mlops advise recommender@champion --requests-per-s 50 --pattern steady", {"model": "model"}),
     ("deploy", "deployment", "deploy.deployments:deploy", "Deploy a model behind an HTTP endpoint, here, in a container or on a cluster", "mlops deploy recommender@champion --to compose --dry-run", {"model": "model"}),
     ("serve", "deployment", "serve.workers:serve", "Serve models in the foreground", "mlops serve recommender@champion --port 8000", {"model": "model"}),
     ("deployments", "deployment", "deploy.deployments:deployments", "List deployments and their health", "mlops deployments", {}),
