@@ -124,20 +124,14 @@ def remembering(
     order: Mapping,  # what is served: project, name, trial
 ) -> Callable[[list[Entry]], None]:  # writes entries of a journal
     "Who writes down what was answered."
-    from mlops_nb.monitor.predictions import append_lines, encoded, predictions_of, utc
+    from mlops_nb.monitor.predictions import predictions_of
 
     with in_project(order["project"]):
         logs = {False: predictions_of(order["name"]), True: predictions_of(f"{order['name']}.shadow")}
 
     def write(entries: list[Entry]) -> None:
-        at, lines = utc(), {False: [], True: []}
-        for one in entries:
-            if one.request != order.get("trial"):
-                names = one.names or [f"x{i}" for i in range(len(one.rows[0]))]
-                lines[one.shadow] += [encoded({"at": at, "request": one.request, "model": one.model, "inputs": dict(zip(names, row)), "prediction": answer}) for row, answer in zip(one.rows, one.answers)]
-        for shadow, found in lines.items():
-            if found:
-                append_lines(logs[shadow].folder / f"{at[:10]}.jsonl", found)
+        for shadow, log in logs.items():
+            log.record_many(one for one in entries if one.shadow == shadow and one.request != order.get("trial"))
 
     return write
 

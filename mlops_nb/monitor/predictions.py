@@ -113,20 +113,6 @@ class PredictionLog:
                                                           for row, answer in zip(rows, answers)])
         return len(rows)
 
-    def record_many(
-        self,
-        entries: Iterable,  # answered requests with names, rows, answers, model and request, as a server's journal holds them
-        *,
-        at: str = "",  # when, ISO 8601; empty means now
-    ) -> int:
-        "Append many requests in one write and return how many rows."
-        at = utc(at)
-        lines = [encoded({"at": at, "request": entry.request, "model": entry.model, "inputs": dict(zip(entry.names, row)), "prediction": answer})
-                 for entry in entries for row, answer in zip(entry.rows, entry.answers)]
-        if lines:
-            append_lines(self.folder / f"{at[:10]}.jsonl", lines)
-        return len(lines)
-
     def days(self) -> list[str]:
         "The days that hold predictions, in order."
         return sorted(file.stem for file in self.folder.glob("????-??-??.jsonl"))
@@ -144,6 +130,15 @@ class PredictionLog:
 
 # %% ../../nbs/monitor/predictions.ipynb #9a0e9f67
 OWN = ("at", "request", "model", "prediction")
+TOGETHER = 8  # a request with more rows is one line
+
+
+def single(row: Mapping) -> Iterator[Mapping]:
+    "The predictions of a line, each with its own inputs."
+    if "data" not in row:
+        yield row
+    for values, answer in zip(row.get("data", ()), row.get("predictions", ())):
+        yield {**row, "inputs": dict(zip(row["columns"], values)), "prediction": answer}
 
 
 def read_days(folder: Path, days: list[str], since: str, until: str) -> pd.DataFrame:
@@ -158,13 +153,38 @@ def read_days(folder: Path, days: list[str], since: str, until: str) -> pd.DataF
                 if row is None or "at" not in row:
                     damaged += 1
                 elif row["at"] >= since and (not until or row["at"] < until):
-                    inputs = {f"input_{key}" if key in OWN else key: value for key, value in row.get("inputs", {}).items()}
-                    found.append({"at": row["at"], "request": row.get("request", ""), "model": row.get("model", ""), **inputs, "prediction": row.get("prediction")})
+                    for one in single(row):
+                        inputs = {f"input_{key}" if key in OWN else key: value for key, value in one.get("inputs", {}).items()}
+                        found.append({"at": one["at"], "request": one.get("request", ""), "model": one.get("model", ""), **inputs, "prediction": one.get("prediction")})
     frame = pd.DataFrame(found, columns=None if found else list(OWN))
     frame["at"] = pd.to_datetime(frame["at"], utc=True)
     frame = frame[[name for name in frame if name != "prediction"] + ["prediction"]].sort_values("at", kind="stable", ignore_index=True)
     frame.attrs["damaged"] = damaged
     return frame
+
+# %% ../../nbs/monitor/predictions.ipynb #b7d2c1ac
+def record_many(
+    self: PredictionLog,
+    entries: Iterable,  # answered requests with names, rows, answers, model and request, as a server's journal holds them
+    *,
+    at: str = "",  # when, ISO 8601; empty means now
+) -> int:
+    "Append many requests in one write and return how many rows."
+    at = utc(at)
+    lines, rows = [], 0
+    for entry in entries:
+        rows += len(entry.rows)
+        head = {"at": at, "request": entry.request, "model": entry.model}
+        if len(entry.rows) > TOGETHER:
+            lines.append(encoded({**head, "columns": entry.names, "data": entry.rows, "predictions": entry.answers}))
+        else:
+            lines += [encoded({**head, "inputs": dict(zip(entry.names, row)), "prediction": answer}) for row, answer in zip(entry.rows, entry.answers)]
+    if lines:
+        append_lines(self.folder / f"{at[:10]}.jsonl", lines)
+    return rows
+
+
+PredictionLog.record_many = record_many
 
 # %% ../../nbs/monitor/predictions.ipynb #53a0bbf6
 def predictions_of(

@@ -56,13 +56,20 @@ class Pace:
     "How fast the model is, learned from each call."
     row_s: float = 0.0  # seconds a row, a moving average
     limit: int = 32  # rows a batch
+    took: dict = field(default_factory=dict)  # seconds a call by its size, in powers of two
 
-    def learned(self, rows: int, seconds: float, queue: Queue) -> None:
-        "Take in how long a call took."
-        self.row_s += (seconds / rows - self.row_s) * (0.2 if self.row_s else 1)
-        if seconds > queue.batch_s:
-            self.limit = max(1, min(self.limit, int(rows * queue.batch_s / seconds)))
-        elif rows >= self.limit / 2 and seconds < queue.batch_s / 2:
+    def learned(self, rows: int, seconds: float, queue: Queue, round_s: float = 0.0) -> None:
+        "Take in how long a call took, and how long it was since the answers before when the model was never idle."
+        self.row_s += (max(seconds, round_s) / rows - self.row_s) * (0.2 if self.row_s else 1)
+        size = rows.bit_length()
+        self.took[size] = seconds + 0.8 * (self.took.get(size, seconds) - seconds)
+        half, double = self.took.get(size - 1), self.took.get(size + 1, 0.0)
+        pays = half > 0.7 * self.took[size] if half else rows == 1 and double < 1.4 * self.took[size]  # twice the rows take hardly longer
+        if half:
+            self.took[size - 1] = 0.99 * half  # old news are believed less, until it is tried again
+        if seconds > queue.batch_s and not pays:
+            self.limit = max(1, min(self.limit, max(rows // 2, int(rows * queue.batch_s / seconds))))
+        elif rows >= self.limit / 2 and (pays or seconds < queue.batch_s / 2):
             self.limit = min(self.limit * 2, queue.batch_rows)
 
 # %% ../../nbs/serve/batching.ipynb #25a7728a
@@ -82,7 +89,9 @@ class Batcher:
     lost: int = 0
     busy: bool = False
     latest: tuple = (0.0, 0.0, 0)  # start and end of the last call, and its rows: for traces
+    delivered: float = 0.0  # when the answers before were there; 0 when the model was idle in between
     calls: SimpleQueue | None = None
+    closed: bool = False  # its thread ends as soon as nothing waits
 
     def submit(self, rows: list, job: Hashable = None) -> asyncio.Future:
         "A future with one answer a row; `Busy` when too many wait already."
@@ -130,6 +139,9 @@ def next_batch(self: Batcher, loop: asyncio.AbstractEventLoop) -> None:
             threading.Thread(target=calling, args=(self.calls, self.run), daemon=True, name="predict").start()
         patience = loop.call_later(self.queue.answer_s, self.give_up, loop, batch)
         self.calls.put((batch, lambda *results: loop.call_soon_threadsafe(self.deliver, loop, batch, patience, *results)))
+    elif self.closed and self.calls is not None:
+        self.calls.put(None)
+        self.calls = None
 
 
 def deliver(self: Batcher, loop: asyncio.AbstractEventLoop, batch: list[Ask], patience: asyncio.TimerHandle, answers: list, started: float, done: float) -> None:
@@ -137,13 +149,14 @@ def deliver(self: Batcher, loop: asyncio.AbstractEventLoop, batch: list[Ask], pa
         return  # it was given up: another thread does the work now
     patience.cancel()
     rows = sum(len(ask.rows) for ask in batch)
-    self.pace.learned(max(rows, 1), done - started, self.queue)
-    self.latest = started, done, rows
+    now = time.perf_counter()
+    self.pace.learned(max(rows, 1), done - started, self.queue, now - self.delivered if self.delivered else 0.0)
+    self.latest, self.delivered = (started, done, rows), now if self.waiting else 0.0
     for ask, answer in zip(batch, answers):
         if not ask.answer.done():
             ask.answer.set_exception(answer) if isinstance(answer, BaseException) else ask.answer.set_result(answer)
-    self.on_batch(rows)
     self.next_batch(loop)
+    self.on_batch(rows)
 
 
 def give_up(self: Batcher, loop: asyncio.AbstractEventLoop, batch: list[Ask]) -> None:
@@ -156,11 +169,9 @@ def give_up(self: Batcher, loop: asyncio.AbstractEventLoop, batch: list[Ask]) ->
 
 
 def close(self: Batcher, loop: asyncio.AbstractEventLoop) -> None:
-    if self.busy or self.waiting:
-        loop.call_later(1, self.close, loop)
-    elif self.calls is not None:
-        self.calls.put(None)
-        self.calls = None
+    self.closed = True
+    if not self.busy:
+        self.next_batch(loop)
 
 
 Batcher.next_batch, Batcher.deliver, Batcher.give_up, Batcher.close = next_batch, deliver, give_up, close
@@ -181,11 +192,17 @@ def calling(calls: SimpleQueue, run: Callable) -> None:
 
 def answered(batch: list[Ask], run: Callable) -> list:
     "One list of answers, or one error, for each request of a batch."
-    job = batch[0].job
     try:
-        answers, at = run(job, [row for ask in batch for row in ask.rows] if len(batch) > 1 else batch[0].rows), 0
+        answers, at = run(batch[0].job, [row for ask in batch for row in ask.rows] if len(batch) > 1 else batch[0].rows), 0
+    except StopIteration as error:  # which no future can hold
+        failure = RuntimeError("the model raised StopIteration").with_traceback(error.__traceback__)
     except Exception as error:
-        return [error] if len(batch) == 1 else [answered([ask], run)[0] for ask in batch]
+        failure = error
+    else:
+        failure = None
+    if failure is not None:  # halved, until the request that fails is alone
+        half = len(batch) // 2
+        return answered(batch[:half], run) + answered(batch[half:], run) if half else [failure]
     parts = []
     for ask in batch:
         parts.append(answers[at:at + len(ask.rows)])

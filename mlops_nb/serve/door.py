@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from mlops_nb.serve.traces import Traces
 
 # %% auto #0
-__all__ = ['Handler', 'REASON', 'OPEN', 'PAGES', 'Reply', 'refusal', 'Call', 'body_of', 'Desk', 'sent', 'Handled', 'refused',
-           'grant_of', 'Door']
+__all__ = ['Handler', 'HELD', 'HOLD_S', 'REASON', 'OPEN', 'PAGES', 'Reply', 'refusal', 'Call', 'body_of', 'Desk', 'held', 'sent',
+           'Handled', 'refused', 'grant_of', 'Door']
 
 # %% ../../nbs/serve/door.ipynb #09727b2e
 class Slow(errors.Invalid):
@@ -144,11 +144,25 @@ class Desk:
     trusted_platform: bool = False  # a cloud authenticates before us
     running: int = 0
     answered: int = 0
+    held: int = 0  # refusals that are kept waiting
     draining: bool = False
     document: tuple = field(default=())  # the OpenAPI document and what it was made of
 
 # %% ../../nbs/serve/door.ipynb #7145d962
 Handler = Callable[[Desk, Call], Awaitable[Reply]]
+
+
+HELD = 2000  # refusals that wait at once
+HOLD_S = 0.1
+
+
+async def held(desk: Desk) -> None:
+    "Keep a refused client waiting for a moment: one that comes back at once would cost the others more than its request."
+    desk.held += 1
+    try:
+        await asyncio.sleep(HOLD_S)
+    finally:
+        desk.held -= 1
 
 
 async def sent(send: Send, reply: Reply, head: bool = False) -> None:
@@ -178,6 +192,8 @@ class Handled:
             reply = await self.handler(self.desk, call)
         except Exception as error:
             reply = refused(self.desk, error, call)
+            if isinstance(error, Busy) and self.desk.held < HELD:
+                await held(self.desk)
         if step:
             self.desk.traces.ended(step, status=reply.status, model=call.model, rows=call.rows, batch=Batched(*call.batch) if call.batch else None)
         await sent(send, reply, scope["method"] == "HEAD")
@@ -258,6 +274,7 @@ class Door:
             desk.running -= 1
             desk.answered += 1
             noted(desk, call, status, time.perf_counter() - started)
+            del scope["mlops"]  # call and scope hold each other: freed now, not when the collector comes by
 
 # %% ../../nbs/serve/door.ipynb #a1c6a283
 def call_of(scope: Scope) -> Call:

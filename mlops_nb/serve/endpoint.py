@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from mlops_nb.core.errors import Invalid, MlopsError, NotFound, known
-from mlops_nb.core.files import timestamp
+from mlops_nb.core.files import read_json, timestamp, write_json
 from mlops_nb.serve.batching import Batcher, Late, Queue
 from mlops_nb.serve.canary import Canary
 from mlops_nb.serve.inputs import Column, Inputs, taken, takes_of
@@ -60,7 +62,9 @@ class Served:
         self.name, self.version, self.digest, self.columns, self.example = version.name, version.version, version.digest, version.columns, dict(version.example or {})
         self.answers = list(answers)
         self.inputs, self.takes = Inputs(version.columns), takes_of(estimator.predict)
-        self.batcher = Batcher(self.run, queue, batching and getattr(estimator, "batching", True), partial(on_batch, version.address))
+        known = bool(version.columns) and all(column.kind != "any" for column in version.columns)  # otherwise pandas guesses types, and neighbours would matter
+        self.mergeable = known and getattr(estimator, "batching", True)
+        self.batcher = Batcher(self.run, queue, batching and self.mergeable, partial(on_batch, version.address))
 
     def ask(self, table: Table, kind: str = "predict") -> tuple[tuple[str, ...], list[tuple], asyncio.Future]:
         "Columns, checked rows, and a future with an answer for each."
@@ -150,10 +154,16 @@ class Endpoint:
     on_batch: Callable[[str, int], object] = lambda address, rows: None
     back_off: Callable[[str, str, str], object] = lambda model, selector, why: None  # a canary left its band
     judges: int = 1  # how many workers judge canaries, each by itself
+    memory: Path | None = None  # a file with the version that was good for each selector, for a worker that starts again
     placed: dict[str, Placed] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     loop: asyncio.AbstractEventLoop | None = None
     seen: tuple = ()
+    good: dict[str, str] = field(default_factory=dict)
+    refusing: dict[str, str] = field(default_factory=dict)  # what this look refuses, for `refused`
+    denied: dict[str, Version] = field(default_factory=dict)  # versions that were tried and not taken
+    again: float = math.inf  # when to try them again although nothing changed
+    pause_s: float = 0.0
 
     @property
     def models(self) -> list[str]:
@@ -182,7 +192,7 @@ class Endpoint:
 
     async def parsed(self, parse: Callable[[bytes], Table], body: bytes) -> Table:
         "The rows of a body; a large one is read in a thread."
-        table = parse(body) if len(body) < 100_000 else await asyncio.to_thread(parse, body)
+        table = parse(body) if len(body) < 1_000_000 else await asyncio.to_thread(parse, body)
         if len(table) > self.limits.rows:
             raise TooLarge(f"the request has {len(table):,} rows; expected at most {self.limits.rows:,}, send them in several requests.")
         return table
@@ -199,7 +209,7 @@ async def predict(
     if version:
         selector, served = version, self.served(model, version)
     else:
-        selector = placed.arms.choose(key or key_in(table, placed.plan.key), request) if len(placed.plan.traffic) > 1 else placed.only
+        selector = placed.arms.choose(key or key_in(table, placed.plan.key, placed.main.inputs.names), request) if len(placed.plan.traffic) > 1 else placed.only
         served = placed.served[selector]
     if explain and len(table) > EXPLAINED:
         raise TooLarge(f"the request has {len(table):,} rows to explain; expected at most {EXPLAINED}, ask without explain or for fewer.")
@@ -214,25 +224,28 @@ async def predict(
     if placed.canary:
         placed.canary.saw(selector, seconds=time.perf_counter() - started, answers=answers)
     if self.journal is not None:
+        if self.journal.behind:
+            await self.journal.room()
         self.journal.put(Entry(request, served.address, names, rows, [one["prediction"] for one in answers] if explain and not top else answers, selector))
     if placed.plan.shadow and (shadow := placed.arms.shadowed(request)):
         self.copy(placed.served[shadow], shadow, table, request)
     return Answer(served.address, names, rows, answers, request, (started, *served.batcher.latest))
 
 
-def key_in(table: Table, column: str) -> str:
+def key_in(table: Table, column: str, names: tuple[str, ...]) -> str:
     "The value of the key column in the first row."
     row = table.rows[0]
     if type(row) is dict:
         return key_of(row.get(column)) if column else ""
-    return key_of(row[table.names.index(column)]) if table.names and column in table.names else ""
+    names = table.names or names
+    return key_of(row[names.index(column)]) if column in names[:len(row)] else ""
 
 
 def copy(self: Endpoint, served: Served, selector: str, table: Table, request: str) -> None:
     "Ask the shadow too; its answer goes to the journal, its errors nowhere."
     try:
         names, rows, coming = served.ask(table)
-    except MlopsError:
+    except Exception:
         return
 
     def note(done: asyncio.Future) -> None:
@@ -248,13 +261,20 @@ Endpoint.predict, Endpoint.copy = predict, copy
 def follow(self: Endpoint) -> bool:
     "Look at plan and source, and do what changed; whether anything did. At the first look errors are raised."
     for placed in list(self.placed.values()):
-        if placed.canary and not placed.canary.left and (why := placed.canary.verdict()):
-            self.back_off(placed.plan.model, placed.canary.left, why)
-            self.on_event({"at": timestamp(), "event": "withdrawn", "model": placed.served[placed.canary.left].address, "selector": placed.canary.left, "why": why})
+        told = placed.canary and placed.canary.left
+        if placed.canary and (why := placed.canary.verdict()):
+            self.back_off(placed.plan.model, placed.canary.left, why)  # at every look, until the plan says so
+            told or self.on_event({"at": timestamp(), "event": "withdrawn", "model": placed.served[placed.canary.left].address, "selector": placed.canary.left, "why": why})
     plan, stamp = self.plan(), self.source.stamp()
-    if (plan, stamp) == self.seen:
+    due = time.monotonic() >= self.again
+    if (plan, stamp) == self.seen and not due:
         return False
+    if due or not self.seen or plan != self.seen[0]:
+        self.denied = {}
+    self.refusing = {}
     first, placed, old = not self.seen, {}, list(self.placed.values())
+    if first and self.memory and self.memory.exists():
+        self.good = read_json(self.memory)
     for wanted in plan.models:
         before = next((one for one in old if wanted.model in ("", one.plan.model)), None)
         try:
@@ -262,11 +282,17 @@ def follow(self: Endpoint) -> bool:
         except Exception as error:
             if first:
                 raise
-            self.refuse(wanted.model, str(error) if isinstance(error, MlopsError) else f"loading failed with {type(error).__name__} ({where_in(error)})")
+            self.refuse(wanted.model, said_of(error))
             found = before
         if found:
             placed[found.main.name] = found
-    self.placed, self.seen = placed, (plan, stamp)
+    self.placed, self.seen, self.refused = placed, (plan, stamp), self.refusing
+    self.remember()
+    if not self.refused:
+        self.pause_s, self.again = 0.0, math.inf
+    elif due or self.again == math.inf:
+        self.pause_s = min(max(2.0, 2 * self.pause_s), 300.0)
+        self.again = time.monotonic() + self.pause_s
     kept = {id(served) for one in placed.values() for served in one.served.values()}
     for served in (served for one in old for served in one.served.values() if id(served) not in kept):
         if self.loop:
@@ -279,42 +305,66 @@ def place(self: Endpoint, wanted: ModelPlan, before: Placed | None) -> Placed:
     served: dict[str, Served] = {}
     for selector in {**wanted.traffic, **({wanted.shadow: 0} if wanted.shadow else {})}:
         held = before.served.get(selector) if before else None
-        version = self.source.resolve(wanted.model, selector)
-        same = next((one for one in (*(before.served.values() if before else ()), *served.values()) if one.about == version), None)
+        known = "" if held else self.good.get(f"{wanted.model}@{selector}", "")
+        try:
+            version = self.source.resolve(wanted.model, known if known and not wanted.follow else selector)
+        except Exception as error:
+            if held is None:
+                raise
+            self.refuse(f"{wanted.model}@{selector}", said_of(error))
+            served[selector] = held
+            continue
+        same = next((one for one in (*(before.served.values() if before else ()), *served.values()) if (one.address, one.digest, one.columns) == (version.address, version.digest, version.columns)), None)
         if same is None and held is not None and selector in before.plan.traffic and not wanted.follow:
+            same = held
+        if same is None and held is not None and self.denied.get(version.address) == version:
+            self.refusing[version.address] = self.refused.get(version.address, "it was refused before.")
             same = held
         if same is None:
             try:
-                same = self.loaded(version, held, wanted)
-            except MlopsError as error:
-                if held is None:
+                same = self.loaded(version, held, wanted, known)
+            except Exception as error:
+                if held is None and known in ("", version.version):
                     raise
-                self.refuse(version.address, str(error))
-                same = held
+                self.refuse(version.address, said_of(error))
+                self.denied[version.address] = version
+                same = held or self.loaded(self.source.resolve(wanted.model, known), None, wanted)
             else:
-                self.refused.pop(version.address, None)
+                LOG.info("%s answers as %s%s", version.address, selector, f" after {held.address}" if held else "")
                 self.on_event({"at": timestamp(), "event": "serves", "model": version.address, "selector": selector, "digest": version.digest, "before": held.address if held else ""})
+        same.batcher.merge = wanted.batching and same.mergeable
         served[selector] = same
     if before and before.plan == wanted and before.served == served:
         return before
     several = sum(share > 0 for share in wanted.traffic.values()) > 1 and bool(wanted.bands)
-    keep = before and before.plan == wanted and before.served == served and before.canary
-    return Placed(wanted, served, Arms(wanted), keep or Canary(wanted, alpha=0.01 / self.judges) if several else None)
+    return Placed(wanted, served, Arms(wanted), Canary(wanted, alpha=0.01 / self.judges) if several else None)
 
 
-def loaded(self: Endpoint, version: Version, held: Served | None, wanted: ModelPlan) -> Served:
-    if held is not None and version.passed is False:
-        raise Invalid(f"{version.address} did not pass its validation, so {held.address} goes on answering; improve it, or deploy it with force.")
+def loaded(self: Endpoint, version: Version, held: Served | None, wanted: ModelPlan, known: str = "") -> Served:
+    if version.passed is False and (held is not None or known not in ("", version.version)):
+        raise Invalid(f"{version.address} did not pass its validation, so {held.address if held else known} goes on answering; improve it, or deploy it with force.")
     estimator = self.source.load(version)
     answers = tried(version, estimator, held.about if held else None)
     return Served(version, estimator, batching=wanted.batching, queue=self.limits.queue, on_batch=self.on_batch, answers=answers)
 
 
+def remember(self: Endpoint) -> None:
+    "Write down which version is good for each selector: a worker that starts again must not take one that the others refused."
+    good = {f"{placed.plan.model}@{selector}": served.version for placed in self.placed.values() for selector, served in placed.served.items()}
+    if self.memory and good != self.good:
+        write_json(self.memory, good)
+    self.good = good
+
+
+def said_of(error: Exception) -> str:
+    return str(error) if isinstance(error, MlopsError) else f"loading failed with {type(error).__name__} ({where_in(error)})"
+
+
 def refuse(self: Endpoint, address: str, why: str) -> None:
+    self.refusing[address] = why
     if self.refused.get(address) != why:
-        self.refused[address] = why
         LOG.warning("%s is not served: %s", address, why)
         self.on_event({"at": timestamp(), "event": "refused", "model": address, "why": why})
 
 
-Endpoint.follow, Endpoint.place, Endpoint.loaded, Endpoint.refuse = follow, place, loaded, refuse
+Endpoint.follow, Endpoint.place, Endpoint.loaded, Endpoint.refuse, Endpoint.remember = follow, place, loaded, refuse, remember

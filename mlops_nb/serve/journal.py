@@ -5,6 +5,7 @@
 # %% ../../nbs/serve/journal.ipynb #3be5055d
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
@@ -28,6 +29,7 @@ class Entry(NamedTuple):
 
 # %% ../../nbs/serve/journal.ipynb #ab4fbc68
 LOG = logging.getLogger("mlops_nb.serve")
+GATHERED = 8000  # rows that are written together
 
 # %% ../../nbs/serve/journal.ipynb #0242cb72
 class Journal:
@@ -44,10 +46,11 @@ class Journal:
         self.queue: SimpleQueue = SimpleQueue()
         self.thread: threading.Thread | None = None
         self.came = self.written = self.lost = 0
+        self.closed = False
 
     def put(self, entry: Entry) -> bool:
         "Take an entry; False when there is no room for it."
-        if self.came - self.written > self.capacity:
+        if self.closed or self.came - self.written > self.capacity:
             self.lost += len(entry.rows)
             return False
         self.came += len(entry.rows)
@@ -57,30 +60,45 @@ class Journal:
             self.thread.start()
         return True
 
+    @property
+    def behind(self) -> bool:
+        "Whether the writer is so far behind that clients with many rows had better wait."
+        return self.came - self.written > self.capacity // 4
+
+    async def room(self, patience_s: float = 0.5) -> None:
+        "Wait until there is room again, for a moment at most."
+        latest = time.monotonic() + patience_s
+        while self.behind and time.monotonic() < latest:
+            await asyncio.sleep(0.005)
+
     def writing(self) -> None:
         while True:
             entries = [self.queue.get()]
-            if entries[0] is not None:
+            if entries[0] is not None and len(entries[0].rows) < GATHERED:
                 time.sleep(self.pause_s)
+            rows = 0
             try:
-                while len(entries) < 5000:
+                while entries[-1] is not None and (rows := rows + len(entries[-1].rows)) < GATHERED:
                     entries.append(self.queue.get_nowait())
             except Empty:
                 pass
-            found = [entry for entry in entries if entry is not None]
-            rows = sum(len(entry.rows) for entry in found)
-            try:
-                if found:
-                    self.write(found)
-            except Exception as error:
-                self.lost += rows
-                LOG.error("%d answered rows were not written down: %s", rows, type(error).__name__)
-            self.written += rows
+            self.written_down([entry for entry in entries if entry is not None])
             if None in entries:
                 return
 
+    def written_down(self, entries: list[Entry]) -> None:
+        rows = sum(len(entry.rows) for entry in entries)
+        try:
+            if entries:
+                self.write(entries)
+        except Exception as error:
+            self.lost += rows
+            LOG.error("%d answered rows were not written down: %s", rows, type(error).__name__)
+        self.written += rows
+
     def close(self, patience_s: float = 5) -> bool:
         "Write what waits and end; False when that took too long."
+        self.closed = True
         if self.thread is None:
             return True
         self.queue.put(None)

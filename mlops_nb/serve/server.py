@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 # %% auto #0
-__all__ = ['BACKLOG', 'HEADERS_S', 'listen', 'granian_on', 'Answering']
+__all__ = ['BACKLOG', 'HEADERS_S', 'CONNECTIONS', 'listen', 'granian_on', 'Answering']
 
 # %% ../../nbs/serve/server.ipynb #8bdd582f
 BACKLOG = 1024
-HEADERS_S = 10
+HEADERS_S = 65  # a little more than load balancers keep an idle connection
+CONNECTIONS = 8000  # held open by one worker; an idle one costs 9 kB
 
 
 def listen(
@@ -44,6 +45,15 @@ def listen(
     return opened
 
 # %% ../../nbs/serve/server.ipynb #ae3a3ba5
+def connections() -> int:
+    "How many connections one worker holds open: granian's own bound would let a thousand idle clients lock the others out."
+    try:
+        import resource
+    except ImportError:  # Windows
+        return CONNECTIONS
+    return max(256, min(CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 256))
+
+# %% ../../nbs/serve/server.ipynb #1b7e70f5
 def granian_on(
     app: Starlette,  # what answers
     handle: int,  # the file descriptor of an open port; granian closes it
@@ -58,7 +68,7 @@ def granian_on(
     from granian.server.embed import Server
 
     secure = {"ssl_cert": Path(tls[0]), "ssl_key": Path(tls[1]), "ssl_protocol_min": SSLProtocols.tls12} if tls else {}
-    server = Server(app, interface=Interfaces.ASGINL, http=HTTPModes.http1, websockets=False, log_enabled=False, backlog=BACKLOG,
+    server = Server(app, interface=Interfaces.ASGINL, http=HTTPModes.http1, websockets=False, log_enabled=False, backlog=BACKLOG, backpressure=connections(),
                     http1_settings=HTTP1Settings(header_read_timeout=HEADERS_S * 1000), **secure)
     sizes = (BACKLOG,) if sys.platform.startswith(("linux", "freebsd")) else ()
     server._init_shared_socket = lambda: setattr(server, "_shd", SocketHolder(handle, False, *sizes))

@@ -80,7 +80,7 @@ class RegistrySource:
             found = file.stat()
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_size
+        return found.st_mtime_ns, found.st_size, found.st_ino
 
 # %% ../../nbs/serve/sources.ipynb #17f5392b
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ def tried(
 
     if before is not None and before.columns and version.columns:
         wanted = {column.name: column.kind for column in version.columns if column.required}
-        sent = {column.name: column.kind for column in before.columns}
-        if odd := [name for name, kind in wanted.items() if sent.get(name, kind if kind == "any" else "") not in (kind, "any") and (sent.get(name), kind) != ("integer", "number")]:
+        sent = {column.name: column.kind for column in before.columns if column.required}
+        if odd := [name for name, kind in wanted.items() if name not in sent or "any" not in (kind, sent[name]) and sent[name] != kind and (sent[name], kind) != ("integer", "number")]:
             raise Invalid(f"{version.address} needs column {odd[0]!r} as {wanted[odd[0]]}, which clients of {before.address} do not send; deploy it under a name of its own.")
     example, real = example_of(version)
     if example is None:

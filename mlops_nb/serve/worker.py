@@ -97,16 +97,16 @@ def desk_of(
     def told(event: dict) -> None:
         if metrics:
             metrics.swapped({"serves": "swapped", "withdrawn": "rolled back"}.get(event["event"], event["event"]))
-        if index == 0 and order.get("events"):
+        if (index == 0 or event["event"] == "withdrawn") and order.get("events"):
             with open(order["events"], "a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
 
     def back(model: str, selector: str, why: str) -> None:
-        with suppress(MlopsError):  # another worker was quicker
+        with suppress(MlopsError, OSError):  # it is asked again at the next look
             plan.withdraw(order["plan"], model, selector, by="canary", why=why)
 
     journal = Journal(called(order["journal"])(order)) if order.get("journal") else None
-    endpoint = Endpoint(source_of(order), wanted, journal, limits, told, **({"on_batch": metrics.batched} if metrics else {}), back_off=back, judges=order.get("workers", 1))
+    endpoint = Endpoint(source_of(order), wanted, journal, limits, told, **({"on_batch": metrics.batched} if metrics else {}), back_off=back, judges=order.get("workers", 1), memory=Path(f"{order['plan']}.good"))
     log = AccessLog(**order["access_log"], on_drop=(lambda lines: metrics.log_failed("access", lines)) if metrics else abs) if order.get("access_log") else None
     opened = OPEN | {platform.get("health_route", "/health")} if order.get("open_health") else frozenset()
     return Desk(endpoint, Tokens(order.get("tokens"), also=order.get("token_digests", ())), order.get("instance", ""), Path(order["plan"]), metrics, log, traces_to(order.get("collector", ""), service=order.get("name", "")), rates,
@@ -188,22 +188,27 @@ def look(desk: Desk) -> None:
                               for placed in desk.endpoint.placed.values() for selector, served in placed.served.items()})
 
 
+def counted(desk: Desk, lost: int) -> int:
+    "Leave the figures for Prometheus; how many rows were lost to the journal so far."
+    for placed in desk.endpoint.placed.values():
+        for served in placed.served.values():
+            desk.metrics.queued(served.address, served.batcher.waiting_rows)
+    if (now := desk.endpoint.journal.lost if desk.endpoint.journal else 0) > lost:
+        desk.metrics.log_failed("predictions", now - lost)
+    desk.metrics.flush()
+    return now
+
+
 def following(desk: Desk, ended: threading.Event) -> None:
     "The thread that looks at plan, registry and canaries."
     lost = 0
     while not ended.wait(LOOK_S):
         try:
             look(desk)
+            if desk.metrics:
+                lost = counted(desk, lost)
         except Exception as error:
             logging.getLogger("mlops_nb.serve").warning("looking for changes failed: %s", error)
-        if desk.metrics:
-            for placed in desk.endpoint.placed.values():
-                for served in placed.served.values():
-                    desk.metrics.queued(served.address, served.batcher.waiting_rows)
-            if desk.endpoint.journal and desk.endpoint.journal.lost > lost:
-                desk.metrics.log_failed("predictions", desk.endpoint.journal.lost - lost)
-                lost = desk.endpoint.journal.lost
-            desk.metrics.flush()
         if desk.endpoint.stuck:
             return os.kill(os.getpid(), signal.SIGTERM)  # the parent starts another
 

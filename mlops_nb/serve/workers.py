@@ -49,6 +49,7 @@ def preload() -> None:
         import_module(name)
     gc.collect()
     gc.freeze()  # so that the collector does not touch, and so copy, what all share
+    gc.set_threshold(50_000, 20, 100)  # a request leaves no cycles behind
 
 # %% ../../nbs/serve/workers.ipynb #f4dc7371
 @dataclass
@@ -149,8 +150,12 @@ def step(self: Pool, timeout_s: float) -> None:
     now = time.monotonic()
     for at, index in [one for one in self.due if one[0] <= now]:
         self.due.remove((at, index))
-        self.restarts += 1
-        self.fork(index)
+        try:
+            self.fork(index)
+            self.restarts += 1
+        except OSError as error:  # out of memory, processes or descriptors
+            logging.getLogger("mlops_nb.serve").error("worker %d cannot be started (%s); tried again in 1 s", index, error.strerror)
+            self.due.append((now + 1, index))
     poll = selectors.PollSelector()
     for worker in self.held.values():
         poll.register(worker.line, selectors.EVENT_READ, worker)
@@ -178,7 +183,7 @@ def heard(self: Pool, worker: Worker) -> None:
         return
     lived = time.monotonic() - worker.since
     self.failures = 0 if lived > 10 and worker.ready else self.failures + 1
-    pause = 0.0 if self.failures <= 1 and worker.ready else min(0.1 * 2 ** self.failures, 30)
+    pause = 0.0 if self.failures <= 1 and worker.ready else min(0.1 * 2 ** min(self.failures, 9), 30)
     code = os.waitstatus_to_exitcode(status)
     logging.getLogger("mlops_nb.serve").error("worker %d ended (%s); another starts %s", worker.index, f"signal {-code}" if code < 0 else f"code {code}", f"in {pause:.1f} s" if pause else "at once")
     self.due.append((time.monotonic() + pause, worker.index))
@@ -230,9 +235,8 @@ def answer_until_stopped(order: dict, port: socket.socket, workers: int, said: C
     wake, waken = socket.socketpair()
     waken.setblocking(False)
     wake.setblocking(False)
-    signal.set_wakeup_fd(waken.fileno())
-    for one in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(one, lambda number, frame: stopped.append(number))
+    before = signal.set_wakeup_fd(waken.fileno())
+    handlers = {one: signal.signal(one, lambda number, frame: stopped.append(number)) for one in (signal.SIGINT, signal.SIGTERM)}
     pool = Pool(order, workers)
     pool.watched[wake.fileno()] = lambda: wake.recv(64)
     try:
@@ -245,6 +249,9 @@ def answer_until_stopped(order: dict, port: socket.socket, workers: int, said: C
         pool.run_until(lambda: bool(stopped))
     finally:
         pool.drain()
+        signal.set_wakeup_fd(before)
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
 
 # %% ../../nbs/serve/workers.ipynb #02a59275
 def serve(
