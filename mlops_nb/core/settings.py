@@ -45,7 +45,7 @@ class TrackingSection(Section):
     experiment: str = Field("", description="an MLflow experiment; empty means the project's name")
     runs: bool = Field(True, description="yes or no: whether pipeline runs are written to MLflow")
 
-
+# %% ../../nbs/core/settings.ipynb #d3b1a7c4
 class DeploySection(Section):
     target: Literal["local", "docker", "compose", "kubernetes", "kserve"] = Field("local", description="where it runs")
     model: str = Field("", description="a model address; empty means the deployment's name at its champion")
@@ -54,6 +54,10 @@ class DeploySection(Section):
     token_env: str = Field("", description="environment variable with the bearer token; empty makes a private one")
     key: str = Field("", description="a column; requests with the same value in it get the same version")
     shadow_percent: float = Field(100, ge=0, le=100, description="percent of the requests that a shadow gets a copy of")
+    canary: bool = Field(True, description="whether a new version that leaves its band is taken out")
+    canary_error_rate: float = Field(0.01, gt=0, lt=1, description="how much more often a new version may fail")
+    canary_latency_ratio: float = Field(1.5, gt=1, description="how many times slower it may be")
+    canary_drift_psi: float = Field(0.25, gt=0, description="how far its predictions may be from the main version's, as a population stability index")
     rate_per_s: float = Field(0, ge=0, description="requests a second for each token; 0 is no limit")
     total_per_s: float = Field(0, ge=0, description="requests a second for all together; 0 is no limit")
     origins: str = Field("", description="web pages that may ask, with commas between, such as https://shop.example; empty for none")

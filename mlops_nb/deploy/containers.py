@@ -106,7 +106,7 @@ def applied(target: Docker, wanted: Wanted, before: Mapping | None) -> dict:
 
     place, found = artifacts_of(wanted.name, target.name), target.tool(str(wanted.options.get("engine", "")))
     container = container_of(wanted, before, prepared(wanted, place).image, place)
-    planned = {"traffic": shares_of(wanted.split, versions_of(wanted)), "shadow": shadow_of(wanted), **{key: wanted.options[key] for key in ("key", "canary", "shadow_percent") if wanted.options.get(key)}}
+    planned = {"traffic": shares_of(wanted.split, versions_of(wanted)), "shadow": shadow_of(wanted), **wanted.sharing}
     facts = facts_of(container, found, planned, before, place)
     keep = lambda folder: state_written(wanted.name, place / folder, wanted.found.name, wanted.why, **planned)
     if not found:

@@ -17,7 +17,7 @@ from mlops_nb.core.report import Noun, Report
 from mlops_nb.core.settings import DeploySection, project
 from mlops_nb.data.versions import user
 from mlops_nb.deploy.client import bodies, said
-from mlops_nb.deploy.targets import (Change, Target, Wanted, folder_of, plan_report, record_of, recorded, require_able, state_of, states, target_named, write_record)
+from mlops_nb.deploy.targets import (Change, Target, Wanted, as_it_is, folder_of, plan_report, record_of, recorded, require_able, state_of, states, target_named, write_record)
 
 if TYPE_CHECKING:
     from mlops_nb.data.versions import Version
@@ -132,8 +132,9 @@ def words_of(traffic: Mapping[str, float]) -> str:
 
 def shown(record: Mapping) -> dict:
     "A record, for reading."
+    record = as_it_is(record)
     facts = {"model": record["model"], "state": state_of(record), "url": record["url"], "target": record["target"], "since": record["since"],
-             "follows": record.get("address", "") if record.get("address") != record["model"] else "", "traffic": words_of(record.get("traffic") or {}),
+             "note": record.get("note", ""), "to run": record.get("commands"), "follows": record.get("address", "") if record.get("address") != record["model"] else "", "traffic": words_of(record.get("traffic") or {}),
              **{key: record.get(key) for key in ("shadow", "replicas", "autoscale")}}
     history = [{"model": one["model"], "traffic": words_of(one.get("traffic") or {}), "since": one["since"], "until": one["until"], "by": one.get("by", ""), "why": one["why"]} for one in record["history"]]
     return {**{key: value for key, value in facts.items() if value}, "history": history}
@@ -185,7 +186,7 @@ def deploy(
     *,
     name: str = "",  # the deployment's name; the model's own when left out
     to: str = "",  # local, docker, compose, kubernetes, kserve, or a [deploy.NAME] section; where it is already, or local
-    traffic: dict | None = None,  # percent by version, such as champion=90 challenger=10
+    traffic: dict | None = None,  # percent by version: champion=90 challenger=10 (as options: one --traffic for each)
     shadow: str = "",  # a version that gets copies of the requests
     replicas: int = 0,  # how many; 0 keeps what there is
     autoscale: dict | None = None,  # bounds for a target that scales by itself: min, max, and cpu or requests_per_s

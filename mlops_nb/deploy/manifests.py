@@ -85,7 +85,7 @@ def image_of(
     "The image of a version; `Invalid` unless the reference pins what runs: with `latest` there would be nothing to go back to."
     section = f"[deploy.{deployment or model}] image"
     if not template:
-        raise Invalid(f"{section} is missing; expected the image that holds the model, such as registry.example/shop/{model}:{{version}} (`deploy(…, to='docker')` builds one).")
+        raise Invalid(f"{section} is missing; expected the image that holds the model, such as registry.example/shop/{model}:{{version}} (`mlops_nb.deploy.context.build_context` writes what to build it from).")
     image = template.replace("{version}", version).replace("{model}", model.lower())
     found = REFERENCE.fullmatch(image)
     if not found or not (found["digest"] or found["tag"] not in (None, "latest")):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MADE_UP', 'TARGET', 'port_for', 'example_of', 'tried', 'plan_for', 'copied', 'planned_now', 'facts_of', 'words_of',
-           'differences', 'Pending', 'forgotten', 'ended', 'order_of', 'started', 'Planned', 'Local']
+           'differences', 'settings_of', 'Pending', 'forgotten', 'ended', 'order_of', 'started', 'Planned', 'Local']
 
 # %% ../../nbs/deploy/swap.ipynb #4a9ba8ae
 def port_for(
@@ -97,8 +97,7 @@ def plan_for(wanted: Wanted, before: Mapping | None, instance: str) -> Path:
     from mlops_nb.serve.plan import change
 
     file = copied({**(before or {}), "name": wanted.name}, instance)
-    options = {key: wanted.options[key] for key in ("key", "canary") if wanted.options.get(key)}
-    change(file, wanted.found.name, traffic=wanted.split, shadow=wanted.shadow, why=wanted.why, **options)
+    change(file, wanted.found.name, traffic=wanted.split, shadow=wanted.shadow, why=wanted.why, **wanted.sharing)
     return file
 
 
@@ -137,7 +136,13 @@ def differences(wanted: Wanted, before: Mapping, now: Mapping) -> list[str]:
              ("host", before["host"], wanted.section.host), ("port", before["port"], wanted.port or before["port"])]
     if len(wanted.split) == 1:
         pairs.insert(0, ("model", now["answers"], wanted.found.address))
-    return [f"{what} {old or 'none'} -> {new or 'none'}" for what, old, new in pairs if old != new]
+    asked = [] if before.get("settings", settings_of(wanted)) == settings_of(wanted) else [f"settings of [deploy.{wanted.name}]"]
+    return [f"{what} {old or 'none'} -> {new or 'none'}" for what, old, new in pairs if old != new] + asked
+
+
+def settings_of(wanted: Wanted) -> dict:
+    "The settings that a running process was started with."
+    return wanted.section.model_dump(mode="json", exclude={"target", "model", "host", "port", "token_env"}, exclude_defaults=True)
 
 # %% ../../nbs/deploy/swap.ipynb #53202fd0
 @dataclass
@@ -215,7 +220,7 @@ def started(
             raise Unavailable(f"{found.address} was not deployed: {str(error).rstrip('.')}{stays}.") from error
         raise
     return {"host": wanted.section.host, "port": port, "url": f"http://{f'[{host}]' if ':' in host else host}:{port}", "instance": instance, "pid": candidate.process.pid,
-            "created_at": candidate.created_at, "plan": str(plan), "pending": pending}
+            "created_at": candidate.created_at, "plan": str(plan), "settings": settings_of(wanted), "pending": pending}
 
 # %% ../../nbs/deploy/swap.ipynb #0dae6ef6
 class Planned:
@@ -253,7 +258,7 @@ class Planned:
 
         entry = planned_now(record).of(record["model"].partition("@")[0])
         wanted = Wanted(record["name"], record["address"], registry.model(f"{entry.model}@{entry.main}"), traffic=entry.traffic, shadow=entry.shadow, replicas=replicas or 1,
-                        section=DeploySection(host=record["host"]), port=record["port"], why=record["why"])
+                        section=project().settings.deploy.get(record["name"], DeploySection()).model_copy(update={"host": record["host"]}), port=record["port"], why=record["why"])
         return {**started(wanted, record), "replicas": replicas}
 
 # %% ../../nbs/deploy/swap.ipynb #0e726f66

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['TARGETS', 'LATER', 'ABILITIES', 'KEPT', 'Wanted', 'Change', 'Target', 'plan_report', 'target_named', 'require_able',
-           'folder_of', 'artifacts_of', 'record_of', 'state_of', 'states', 'recorded', 'write_record']
+           'folder_of', 'artifacts_of', 'record_of', 'state_of', 'as_it_is', 'states', 'recorded', 'write_record']
 
 # %% ../../nbs/deploy/targets.ipynb #046e8dca
 @dataclass(frozen=True)
@@ -52,6 +52,13 @@ class Wanted:
     def split(self) -> dict[str, float]:
         "Percent by selector, summing to 100."
         return dict(self.traffic) if self.traffic else {self.selector: 100}
+
+    @property
+    def sharing(self) -> dict:
+        "What the settings say about sharing requests out: by which key, how much for a shadow, and the bands of a canary."
+        section = self.section
+        bands = {"error_rate": section.canary_error_rate, "latency_ratio": section.canary_latency_ratio, "drift_psi": section.canary_drift_psi} if section.canary else {"off": True}
+        return {"key": section.key, "shadow_percent": section.shadow_percent, "canary": bands}
 
     @property
     def follows(self) -> bool:
@@ -113,7 +120,7 @@ def target_named(
     if to not in TARGETS and to in sections:
         to = sections[to].target
     if to in LATER:
-        raise Unavailable(f"deploying to {to} does not exist yet; choose {', '.join(TARGETS)}: the image that docker builds is what the clouds run too.")
+        raise Unavailable(f"deploying to {to} does not exist yet; choose {', '.join(TARGETS)}, or build an image with mlops_nb.deploy.context.build_context: it speaks the clouds' contracts already.")
     if to not in TARGETS:
         raise Invalid(f"{to!r} is no target; expected {', '.join([*TARGETS, *sections])}, or a section [deploy.{to}] in settings.ini.")
     module = import_module(f"mlops_nb.deploy.{TARGETS[to]}")
@@ -161,19 +168,30 @@ def record_of(name: str) -> dict:
 
 
 def state_of(record: Mapping) -> str:
-    "running, stopped, died (a local process is gone though nobody stopped it), or deployed: it is somewhere else, ask it."
+    "running, stopped, died (a local process is gone though nobody stopped it), deployed (somewhere else, ask it), or written: its commands are to be run by hand."
     if record["stopped_at"]:
         return "stopped"
     if record["target"] != "local":
-        return "deployed"
+        return "written" if record.get("commands") else "deployed"
     from mlops_nb.deploy.local import alive
 
     return "running" if alive(record["pid"], record["created_at"]) else "died"
 
 
+def as_it_is(record: dict) -> dict:
+    "A record with what the servers have made of it since: an alias was followed, a new version was withdrawn."
+    try:
+        entry = read_json(record["plan"])["models"][0]
+        good = read_json(f"{record['plan']}.good")
+        main = max(entry["traffic"], key=entry["traffic"].get)
+        return {**record, "model": f"{entry['model']}@{good[entry['model'] + '@' + main]}", "traffic": entry["traffic"], "shadow": entry.get("shadow", "")}
+    except (KeyError, OSError, Invalid, TypeError, IndexError):
+        return record
+
+
 def states() -> list[dict]:
     "All deployments of the project with their state, quickly."
-    records = [read_json(file) for file in sorted(project().state.glob("deployments/*/state.json"))]
+    records = [as_it_is(read_json(file)) for file in sorted(project().state.glob("deployments/*/state.json"))]
     return [{**{key: record[key] for key in ("name", "model")}, "state": state_of(record), **{key: record[key] for key in ("url", "target", "since")}} for record in records]
 
 # %% ../../nbs/deploy/targets.ipynb #0bf64491

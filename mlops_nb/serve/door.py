@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from mlops_nb.serve.traces import Traces
 
 # %% auto #0
-__all__ = ['Handler', 'HELD', 'HOLD_S', 'REASON', 'OPEN', 'PAGES', 'Reply', 'refusal', 'Call', 'body_of', 'Desk', 'held', 'sent',
-           'Handled', 'refused', 'grant_of', 'Door']
+__all__ = ['REASON', 'OPEN', 'PAGES', 'Reply', 'refusal', 'Call', 'body_of', 'Desk', 'Handled', 'refused', 'grant_of', 'Door']
 
 # %% ../../nbs/serve/door.ipynb #09727b2e
 class Slow(errors.Invalid):
@@ -108,9 +107,9 @@ async def body_of(call: Call, receive: Receive, body_bytes: int, read_s: float) 
     "The whole body, within bytes and time."
     if (packed := call.header(b"content-encoding")) not in ("", "identity"):
         raise Unsupported(f"the body is said to be compressed ({packed[:20]!r}); send it as it is.")
-    too_large = TooLarge(f"the body has more than {body_bytes:,} bytes; send the rows in several requests.")
+    too_large = f"the body has more than {body_bytes:,} bytes; send the rows in several requests."
     if (length := call.header(b"content-length")).isdigit() and int(length) > body_bytes:
-        raise too_large
+        raise TooLarge(too_large)
     parts, size = [], 0
     try:
         async with asyncio.timeout(read_s):
@@ -120,7 +119,8 @@ async def body_of(call: Call, receive: Receive, body_bytes: int, read_s: float) 
                     raise Malformed("the connection ended before the body did.")
                 part = message.get("body", b"")
                 if (size := size + len(part)) > body_bytes:
-                    raise too_large
+                    parts.clear()
+                    raise TooLarge(too_large)
                 parts.append(part)
                 if not message.get("more_body"):
                     return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -153,7 +153,7 @@ Handler = Callable[[Desk, Call], Awaitable[Reply]]
 
 
 HELD = 2000  # refusals that wait at once
-HOLD_S = 0.1
+HOLD_S = 0.25
 
 
 async def held(desk: Desk) -> None:
@@ -173,7 +173,7 @@ async def sent(send: Send, reply: Reply, head: bool = False) -> None:
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
     await send({"type": "http.response.body", "body": b"" if head else reply.content})
 
-
+# %% ../../nbs/serve/door.ipynb #87dfdcbd
 class Handled:
     "A handler as an ASGI app: scope checked, body read, errors answered."
 

@@ -226,7 +226,7 @@ async def predict(
     if self.journal is not None:
         if self.journal.behind:
             await self.journal.room()
-        self.journal.put(Entry(request, served.address, names, rows, [one["prediction"] for one in answers] if explain and not top else answers, selector))
+        self.journal.put(Entry(request, served.address, names, rows, [one["prediction"] for one in answers] if explain or top else answers, selector))
     if placed.plan.shadow and (shadow := placed.arms.shadowed(request)):
         self.copy(placed.served[shadow], shadow, table, request)
     return Answer(served.address, names, rows, answers, request, (started, *served.batcher.latest))
@@ -264,6 +264,7 @@ def follow(self: Endpoint) -> bool:
         told = placed.canary and placed.canary.left
         if placed.canary and (why := placed.canary.verdict()):
             self.back_off(placed.plan.model, placed.canary.left, why)  # at every look, until the plan says so
+            told or LOG.warning("%s is withdrawn: %s", placed.served[placed.canary.left].address, why)
             told or self.on_event({"at": timestamp(), "event": "withdrawn", "model": placed.served[placed.canary.left].address, "selector": placed.canary.left, "why": why})
     plan, stamp = self.plan(), self.source.stamp()
     due = time.monotonic() >= self.again
@@ -339,7 +340,7 @@ def place(self: Endpoint, wanted: ModelPlan, before: Placed | None) -> Placed:
     several = sum(share > 0 for share in wanted.traffic.values()) > 1 and bool(wanted.bands)
     return Placed(wanted, served, Arms(wanted), Canary(wanted, alpha=0.01 / self.judges) if several else None)
 
-
+# %% ../../nbs/serve/endpoint.ipynb #0afbe488
 def loaded(self: Endpoint, version: Version, held: Served | None, wanted: ModelPlan, known: str = "") -> Served:
     if version.passed is False and (held is not None or known not in ("", version.version)):
         raise Invalid(f"{version.address} did not pass its validation, so {held.address if held else known} goes on answering; improve it, or deploy it with force.")

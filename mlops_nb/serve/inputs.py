@@ -185,20 +185,6 @@ class Inputs:
             return tuple(dict.fromkeys(name for row in table.rows for name in row))
         return table.names or tuple(f"x{i}" for i in range(len(table.rows[0])))
 
-    def check(self, i: int, row: tuple) -> None:
-        types = tuple(map(type, row))
-        look = self.seen.get(types)
-        if look is None:
-            for value, column in zip(row, self.columns):
-                if not fits(value, column):
-                    raise refusal(i, value, column)
-            if len(self.seen) < REMEMBERED and ABSENT not in row:
-                self.seen[types] = tuple(k for k, column in enumerate(self.columns) if column.kind in LOOK and row[k] is not None)
-            return
-        for k in look:
-            if not fits(row[k], self.columns[k]):
-                raise refusal(i, row[k], self.columns[k])
-
     def frame(self, rows: list[tuple], names: tuple[str, ...] = ()) -> pd.DataFrame:
         "Checked rows as a frame with the model's columns and types; all numbers are one array, which is eight times as fast."
         import numpy as np
@@ -211,6 +197,24 @@ class Inputs:
                 self.index = pd.Index(self.names, dtype=object)
             return pd.DataFrame(np.array(rows, dtype=np.float64), columns=self.index, copy=False)
         return pd.DataFrame({column.name: typed(values, column) for column, values in zip(self.columns, zip(*rows))})
+
+# %% ../../nbs/serve/inputs.ipynb #5d3a0707
+def check(self: Inputs, i: int, row: tuple) -> None:
+    types = tuple(map(type, row))
+    look = self.seen.get(types)
+    if look is None:
+        for value, column in zip(row, self.columns):
+            if not fits(value, column):
+                raise refusal(i, value, column)
+        if len(self.seen) < REMEMBERED and ABSENT not in row:
+            self.seen[types] = tuple(k for k, column in enumerate(self.columns) if column.kind in LOOK and row[k] is not None)
+        return
+    for k in look:
+        if not fits(row[k], self.columns[k]):
+            raise refusal(i, row[k], self.columns[k])
+
+
+Inputs.check = check
 
 # %% ../../nbs/serve/inputs.ipynb #76b995a1
 def takes_of(

@@ -71,31 +71,6 @@ class Journal:
         while self.behind and time.monotonic() < latest:
             await asyncio.sleep(0.005)
 
-    def writing(self) -> None:
-        while True:
-            entries = [self.queue.get()]
-            if entries[0] is not None and len(entries[0].rows) < GATHERED:
-                time.sleep(self.pause_s)
-            rows = 0
-            try:
-                while entries[-1] is not None and (rows := rows + len(entries[-1].rows)) < GATHERED:
-                    entries.append(self.queue.get_nowait())
-            except Empty:
-                pass
-            self.written_down([entry for entry in entries if entry is not None])
-            if None in entries:
-                return
-
-    def written_down(self, entries: list[Entry]) -> None:
-        rows = sum(len(entry.rows) for entry in entries)
-        try:
-            if entries:
-                self.write(entries)
-        except Exception as error:
-            self.lost += rows
-            LOG.error("%d answered rows were not written down: %s", rows, type(error).__name__)
-        self.written += rows
-
     def close(self, patience_s: float = 5) -> bool:
         "Write what waits and end; False when that took too long."
         self.closed = True
@@ -104,3 +79,32 @@ class Journal:
         self.queue.put(None)
         self.thread.join(patience_s)
         return not self.thread.is_alive()
+
+# %% ../../nbs/serve/journal.ipynb #11c0c615
+def writing(self: Journal) -> None:
+    while True:
+        entries = [self.queue.get()]
+        if entries[0] is not None and len(entries[0].rows) < GATHERED:
+            time.sleep(self.pause_s)
+        rows = 0
+        try:
+            while entries[-1] is not None and (rows := rows + len(entries[-1].rows)) < GATHERED:
+                entries.append(self.queue.get_nowait())
+        except Empty:
+            pass
+        self.written_down([entry for entry in entries if entry is not None])
+        if None in entries:
+            return
+
+def written_down(self: Journal, entries: list[Entry]) -> None:
+    rows = sum(len(entry.rows) for entry in entries)
+    try:
+        if entries:
+            self.write(entries)
+    except Exception as error:
+        self.lost += rows
+        LOG.error("%d answered rows were not written down: %s", rows, type(error).__name__)
+    self.written += rows
+
+
+Journal.writing, Journal.written_down = writing, written_down

@@ -44,7 +44,7 @@ def preload() -> None:
     "Import what every worker needs, once, in the parent."
     import gc
 
-    for name in ("numpy", "pandas", "sklearn.pipeline", "sklearn.compose", "sklearn.ensemble", "skops.io", "starlette.applications", "orjson", "granian.server.embed",
+    for name in ("numpy", "pandas", "sklearn.pipeline", "skops.io", "starlette.applications", "orjson", "granian.server.embed",
                  "mlops_nb.serve.app", "mlops_nb.serve.edge", "mlops_nb.serve.observe", "mlops_nb.serve.platforms", "mlops_nb.model.registry", "mlops_nb.model.trust"):
         import_module(name)
     gc.collect()
@@ -260,7 +260,7 @@ def serve(
     host: str = "127.0.0.1",  # the address to listen on; loopback unless you say otherwise
     port: int = 8000,  # the port; 0 picks a free one
     workers: int = 0,  # processes that answer; one a core when left out
-    traffic: dict[str, str] | None = None,  # percent by version, such as champion=90 challenger=10
+    traffic: dict[str, str] | None = None,  # percent by version: champion=90 challenger=10 (as options: one --traffic for each)
     shadow: str = "",  # a version that gets a copy of each request
     key: str = "",  # a column; requests with the same value in it get the same version
     grpc: int = 0,  # also speak Open Inference over gRPC on this port
