@@ -15,6 +15,8 @@ from sklearn.linear_model import LinearRegression
 from mlops_nb.core.errors import Invalid, NotFound, Unavailable
 from mlops_nb.core.settings import in_project, init
 from mlops_nb.model.registry import promote, register
+from serving import endpoint_of
+
 from mlops_nb.serve.batching import Late, Queue
 from mlops_nb.serve.endpoint import Endpoint, Limits, Refused
 from mlops_nb.serve.inputs import columns_of
@@ -593,3 +595,11 @@ def test_the_registry_of_a_project_promotes(tmp_path, database):  # noqa: F811
         file.write_bytes(kept)
         endpoint.follow()
         assert endpoint.served().address == "line@2" and not endpoint.refused
+
+
+def test_a_plan_on_a_disk_that_is_only_read_does_not_stop_the_server(tmp_path):
+    endpoint = endpoint_of(lambda rows: [1] * len(rows), [{"name": "pieces", "type": "long"}])
+    endpoint.good, endpoint.memory = {}, tmp_path / "a file" / "plan.json.good"
+    (tmp_path / "a file").write_text("not a folder")
+    endpoint.remember()
+    assert endpoint.good == {"shelf@3": "3"}

@@ -234,6 +234,9 @@ def test_an_alias_is_followed_without_a_restart(shop):  # noqa: F811
     assert eventually(lambda: answered(one, 3) == {2}) and one.status()["model"] == "large@2" and deployment("large").pid == one.pid
     again = deploy("large@champion")
     assert again.pid == one.pid and again.model == "large@2" and "large@champion" in str(again)
+    assert [row["model"] for row in states()] == ["large@2"]
+    again.rollback(why="worse than the one before")
+    assert eventually(lambda: answered(one, 3) == {1}) and deployment("large").pid == one.pid and [row["model"] for row in states()] == ["large@1"]
 
 
 @posix

@@ -246,10 +246,14 @@ class Planned:
         return facts_of(plan.shadow(record["plan"], model, selector, percent, by=record["by"], why=record["why"]), model)
 
     def rollback(self, record: Mapping) -> dict:
-        "The plan before the last change."
+        "What answered before the last change: of the plan, or of the alias that was followed."
+        from mlops_nb.model.registry import alias_history
         from mlops_nb.serve import plan
 
-        model = record["model"].partition("@")[0]
+        model, now = record["model"].partition("@")[0], planned_now(record)
+        moved = [one for one in alias_history(model) if one["alias"] == now.of(model).main and one["previous"] and one["at"] >= now.at]
+        if moved and len(now.of(model).traffic) == 1:
+            return facts_of(plan.split(record["plan"], model, {str(moved[-1]["previous"]): 100}, by=record["by"], why=record["why"]), model)
         return facts_of(plan.rollback(record["plan"], model, by=record["by"], why=record["why"]), model)
 
     def scale(self, record: Mapping, replicas: int | None = None, autoscale: Mapping | None = None) -> dict:

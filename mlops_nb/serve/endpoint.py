@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -353,7 +354,8 @@ def remember(self: Endpoint) -> None:
     "Write down which version is good for each selector: a worker that starts again must not take one that the others refused."
     good = {f"{placed.plan.model}@{selector}": served.version for placed in self.placed.values() for selector, served in placed.served.items()}
     if self.memory and good != self.good:
-        write_json(self.memory, good)
+        with suppress(OSError, MlopsError):  # the plan of a container may lie on a disk that is only read
+            write_json(self.memory, good)
     self.good = good
 
 
