@@ -275,3 +275,12 @@ if __name__ == "__main__":
     finally:
         process.kill()
         process.communicate()
+
+
+def test_explain_and_top_come_together():
+    from sklearn.linear_model import LogisticRegression
+
+    rows = pd.DataFrame({"pieces": [1.0, 2, 3, 4], "price": [1.0, 2, 1, 2]})
+    asking = client(LogisticRegression().fit(rows, [0, 0, 1, 1]), {"pieces": "double", "price": "double"})
+    record, = asking.post("/predict?explain=true&top=2", json=[{"pieces": 3, "price": 1}]).json()["records"]
+    assert set(record) == {"prediction", "top", "explanation"} and len(record["top"]) == 2 and set(record["explanation"]["contributions"]) == {"pieces", "price"}

@@ -62,8 +62,6 @@ async def predict(desk: Desk, call: Call) -> Reply:
         raise Malformed(f"the address asks for {unknown[0][:40]!r}; expected explain or top.")
     if query.get("explain", "true") not in ("true", "false", "1", "0") or not re.fullmatch("[0-9]{1,4}", query.get("top", "1")):
         raise Malformed("explain is true or false, and top is a whole number, such as ?top=3.")
-    if query.get("explain") in ("true", "1") and "top" in query:
-        raise Malformed("the address asks for explain and top; ask for one of them at a time.")
     answer = await asked(desk, call, plain_records, model=call.path.get("model", ""), explain=query.get("explain") in ("true", "1"), top=int(query.get("top", 0)))
     records = [one if isinstance(one, dict) else {"prediction": one} for one in answer.answers]
     return Reply(encoded({"model": answer.model, "records": records}))

@@ -83,7 +83,10 @@ class Served:
             if kind.startswith("top"):
                 from mlops_nb.serve.topk import top_answers
 
-                return top_answers(self.estimator, frame, int(kind[3:]), params)
+                n, both = int(kind[3:].removesuffix("explain")), kind.endswith("explain")
+                best = top_answers(self.estimator, frame, n, params)
+                why = self.explained(frame, {**params, "k": n} if "k" in self.takes else params) if both else best
+                return [{**one, **({"explanation": two["explanation"]} if both else {})} for one, two in zip(best, why)]
             return answers_of(self.estimator.predict(frame, **params), len(frame))
         except (ValueError, TypeError, KeyError) as error:
             LOG.warning("%s refused rows: %s", self.address, where_in(error))
@@ -216,7 +219,7 @@ async def predict(
         raise TooLarge(f"the request has {len(table):,} rows to explain; expected at most {EXPLAINED}, ask without explain or for fewer.")
     started = time.perf_counter()
     try:
-        names, rows, coming = served.ask(table, f"top{top}" if top else "explain" if explain else "predict")
+        names, rows, coming = served.ask(table, f"top{top}{'explain' * explain}" if top else "explain" if explain else "predict")
         answers = await coming
     except Exception as error:
         if placed.canary and (isinstance(error, (Refused, Late)) or not isinstance(error, MlopsError)):
