@@ -102,7 +102,7 @@ def typed(
     import numpy as np
     import pandas as pd
 
-    values = [None if value is ABSENT else value for value in values] if not column.required else list(values)
+    values = list(values)
     if column.kind == "string" and values.count(None) == len(values):
         return pd.Series(["", *values]).array[1:]  # as strings are, so that an answer does not depend on the rows beside it
     if column.kind == "number" or column.kind == "integer" and not column.required:
@@ -158,6 +158,7 @@ class Inputs:
         self.ordered = itemgetter(*self.names) if len(self.names) > 1 else lambda row: (row[self.names[0]],)
         self.seen: dict[tuple, tuple[int, ...]] = {}
         self.numbers = bool(self.columns) and all(column.kind == "number" and column.required for column in self.columns)
+        self.gaps = not all(column.required for column in self.columns)
         self.index = None  # pandas' own, made once
 
     def rows(self, table: Table) -> list[tuple]:
@@ -175,6 +176,8 @@ class Inputs:
                 self.check(i, row)
         else:
             check_columns(rows, self.columns)
+        if self.gaps:  # what a client left out is missing for the model and in the journal
+            rows = [tuple(None if value is ABSENT else value for value in row) for row in rows]
         return rows
 
     def named(self, table: Table) -> tuple[str, ...]:
