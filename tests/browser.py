@@ -69,7 +69,7 @@ def page(chromium: Any) -> Iterator[Any]:
     "A fresh page; `page.faults` collects uncaught errors of its scripts."
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(60_000)  # a wait ends as soon as it can; this is for machines with much else to do
     page.faults = []
     page.on("pageerror", lambda error: page.faults.append(str(error)))
     yield page

@@ -29,7 +29,7 @@ ROWS = pd.DataFrame({"pieces": [2, 30], "price": [1.5, 3.75]})
 
 PLAYED = r'''#!{python}
 """A container engine, as far as our targets can see: state in a folder, each container a process of its own."""
-import json, os, signal, subprocess, sys, time
+import json, os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 HERE = Path({here!r})
@@ -83,8 +83,19 @@ def halt(one, patience=30):
         latest = time.monotonic() + patience
         while alive(one["pid"]) and time.monotonic() < latest:
             time.sleep(0.02)
-        if alive(one["pid"]):
-            os.kill(one["pid"], signal.SIGKILL)
+    if one["pid"]:  # an engine ends a container with all its processes
+        try:
+            os.killpg(one["pid"], signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        latest = time.monotonic() + 20
+        while taken(one["port"]) and time.monotonic() < latest:
+            time.sleep(0.02)
+
+
+def taken(port):
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", int(port))) == 0
 
 
 def create(name, image, ports, volumes, environment, labels):

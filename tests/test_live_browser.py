@@ -33,12 +33,11 @@ def test_a_failed_notebook_opens_with_its_variables(tmp_path, monkeypatch, page)
     with jupyter_lab(shop, home) as lab:
         lab.open(page, "lab/tree/train.resume.ipynb")
         page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
-        page.wait_for_function("() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'", timeout=60_000)
         page.locator(".jp-CodeCell .cm-content").last.click()
         page.keyboard.press("Control+A")
         page.keyboard.type("sorted(sales.items())")
         shown = page.locator(".jp-CodeCell").last.locator(".jp-OutputArea-output").filter(has_text=re.compile(r"\[\('France', 500\), \('Spain', 7\)\]"))
-        for _ in range(45):  # JupyterLab drops what is run before it has connected
+        for _ in range(150):  # JupyterLab drops what is run before it has connected, however long that takes on a busy machine
             lab.execute(page, "notebook:run-cell")
             page.wait_for_timeout(1000)
             if shown.count():

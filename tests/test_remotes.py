@@ -198,21 +198,21 @@ def test_a_version_of_the_first_format_travels(at, people):
 
 # ---------------------------------------------------------------- killed in the middle
 KILLER = """
-import os, signal, sys
+import itertools, os, signal, sys, time
 from mlops_nb.data import transfer
 from mlops_nb.data.remotes import pull, push
 from mlops_nb.data.packs import Writer
 transfer.SENT_BYTES = 150_000
 verb, url, stop, when = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-count, owner, name = 0, *((transfer.Remote, "put") if verb == "push" else (Writer, "finish"))
+numbers, (owner, name) = itertools.count(1), (transfer.Remote, "put") if verb == "push" else (Writer, "finish")
 real = getattr(owner, name)
 def put(self, *args, **more):
-    global count
-    count += 1
-    if count >= stop and when == "before":
+    number = next(numbers)  # several threads send at once
+    if number > stop or (number == stop and when == "before"):
+        time.sleep(60 if number > stop else 0)  # the ones behind do not get there before the kill
         os.kill(os.getpid(), signal.SIGKILL)
     done = real(self, *args, **more)
-    if count >= stop and when == "after":
+    if number == stop:
         os.kill(os.getpid(), signal.SIGKILL)
     return done
 setattr(owner, name, put)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -207,8 +208,11 @@ def waited(
 
 # %% ../../nbs/deploy/engine.ipynb #45b667e7
 def free_port(host: str) -> int:
-    with socket.create_server((host if host not in ("0.0.0.0", "::") else "127.0.0.1", 0)) as opened:
-        return opened.getsockname()[1]
+    "One that is free, and stays so while the container is stopped: the system gives those from 32768 on to whoever calls out."
+    for port in random.sample(range(10_000, 32_768), 50):
+        with suppress(OSError), socket.create_server((host if host not in ("0.0.0.0", "::") else "127.0.0.1", port)):
+            return port
+    raise Invalid(f"no port is free at {host}; is it an address of this machine?")
 
 
 def removed(found: str, name: str) -> None:

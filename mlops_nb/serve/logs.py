@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlops_nb.core.errors import Invalid, MlopsError
+from mlops_nb.core.errors import Conflict, Invalid, MlopsError
 from mlops_nb.core.files import locked
 from mlops_nb.core.secrets import Redactor, finished, is_secret, secrets_of
 
@@ -245,7 +245,8 @@ class Sink:
         return False
 
     def turn(self) -> None:
-        with locked(f"{self.path}.lock", timeout_s=5):
+        "Begin a new file; when another process is just doing that, the one that is there takes these lines too."
+        with suppress(Conflict), locked(f"{self.path}.lock", timeout_s=0):
             if self.is_full() and self.handle is not None:
                 for n in range(self.files - 1, 0, -1):
                     with suppress(FileNotFoundError):
