@@ -392,3 +392,59 @@ def test_the_pace_never_leaves_its_bounds():
     for _ in range(5000):
         pace.learned(rng.choice([1, 2, 31, 500, 10_000]), rng.choice([0.0, 1e-9, 0.02, 3.0, 60.0]), queue)
         assert 1 <= pace.limit <= 500 and 0 <= pace.row_s <= 60
+
+
+# ---------------------------------------------------------------- a crowd
+
+def crowd_of(n, gate):
+    "A batcher that answered a crowd at each of its last calls."
+    batcher = Batcher(gate)
+    batcher.crowds.extend([n] * 4)
+    return batcher, [batcher.submit([i]) for i in range(n)]
+
+
+def test_a_crowd_that_comes_back_is_waited_for_and_shares_its_call(monkeypatch):
+    monkeypatch.setattr("mlops_nb.serve.batching.GATHER_S", 20)
+    monkeypatch.setattr("mlops_nb.serve.batching.GATHER_CALLS", 10**9)
+
+    async def test():
+        gate = Gate(held=0)
+        batcher, asked = crowd_of(6, gate)
+        await asyncio.gather(*asked)
+        asked = []
+        for i in range(6):  # one after another, as clients do
+            asked.append(batcher.submit([i]))
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*asked)
+        assert [len(rows) for _, rows in gate.calls] == [6, 6]
+    in_loop(test())
+
+
+def test_who_comes_back_alone_waits_a_moment_only_and_the_next_one_not_at_all(monkeypatch):
+    monkeypatch.setattr("mlops_nb.serve.batching.GATHER_S", 0.2)
+    monkeypatch.setattr("mlops_nb.serve.batching.GATHER_CALLS", 10**9)
+
+    async def test():
+        batcher, asked = crowd_of(4, Gate(held=0))
+        await asyncio.gather(*asked)
+        alone = batcher.submit(["alone"])
+        assert batcher.gathering and not batcher.busy
+        assert await alone == [(None, "alone")] and batcher.gathering is None  # the crowd is gone
+        batcher.submit(["later"])
+        assert batcher.busy
+    in_loop(test())
+
+
+def test_a_call_that_is_full_waits_for_nobody(monkeypatch):
+    monkeypatch.setattr("mlops_nb.serve.batching.GATHER_S", 10**6)
+    monkeypatch.setattr("mlops_nb.serve.batching.GATHER_CALLS", 10**9)
+
+    async def test():
+        gate = Gate(held=0)
+        batcher = Batcher(gate, pace=Pace(limit=8))
+        batcher.crowds.extend([4, 4, 4, 4])
+        batcher.pace.learned = lambda rows, seconds, queue, round_s: None  # held at 8
+        await asyncio.gather(*(batcher.submit([i]) for i in range(4)))
+        assert batcher.gathering
+        assert len(await batcher.submit(list(range(8)))) == 8
+    in_loop(test())

@@ -92,6 +92,8 @@ class Batcher:
     delivered: float = 0.0  # when the answers before were there; 0 when the model was idle in between
     calls: SimpleQueue | None = None
     closed: bool = False  # its thread ends as soon as nothing waits
+    crowds: deque = field(default_factory=lambda: deque([1], 4))  # how many were there, answered or waiting, at the last calls' ends
+    gathering: asyncio.TimerHandle | None = None  # the moment that the next call waits for them
 
     def submit(self, rows: list, job: Hashable = None) -> asyncio.Future:
         "A future with one answer a row; `Busy` when too many wait already."
@@ -102,9 +104,7 @@ class Batcher:
         ask = Ask(job, rows, loop.create_future(), loop.time())
         self.waiting.append(ask)
         self.waiting_rows += len(rows)
-        if not self.busy:
-            self.busy = True
-            loop.call_soon(self.next_batch, loop)
+        self.soon(loop)
         return ask.answer
 
     def taken(self, now: float) -> list[Ask]:
@@ -130,6 +130,9 @@ class Batcher:
         return self.lost >= STUCK
 
 # %% ../../nbs/serve/batching.ipynb #d5f9f2fb
+GATHER_S, GATHER_CALLS = 0.002, 4  # how long a call waits for a crowd: at most so long, and never longer than so many calls take
+
+
 def next_batch(self: Batcher, loop: asyncio.AbstractEventLoop) -> None:
     batch = self.taken(loop.time())
     self.busy = bool(batch)
@@ -144,6 +147,22 @@ def next_batch(self: Batcher, loop: asyncio.AbstractEventLoop) -> None:
         self.calls = None
 
 
+def soon(self: Batcher, loop: asyncio.AbstractEventLoop) -> None:
+    "Call the model next, unless it is at work or more are likely to come in a moment."
+    if self.busy or self.gathering and len(self.waiting) < self.crowds[-1] and self.waiting_rows < self.pace.limit:
+        return
+    if self.gathering:
+        self.gathering.cancel()
+    self.busy, self.gathering = True, None
+    loop.call_soon(self.next_batch, loop)
+
+
+def gathered(self: Batcher, loop: asyncio.AbstractEventLoop) -> None:
+    self.gathering = None
+    if self.waiting:
+        self.soon(loop)
+
+
 def deliver(self: Batcher, loop: asyncio.AbstractEventLoop, batch: list[Ask], patience: asyncio.TimerHandle, answers: list, started: float, done: float) -> None:
     if not batch:
         return  # it was given up: another thread does the work now
@@ -155,7 +174,12 @@ def deliver(self: Batcher, loop: asyncio.AbstractEventLoop, batch: list[Ask], pa
     for ask, answer in zip(batch, answers):
         if not ask.answer.done():
             ask.answer.set_exception(answer) if isinstance(answer, BaseException) else ask.answer.set_result(answer)
-    self.next_batch(loop)
+    self.crowds.append(len(batch) + len(self.waiting))
+    self.busy = False
+    if self.merge and not self.closed and min(self.crowds) > 1:
+        self.gathering = loop.call_later(min(GATHER_S, GATHER_CALLS * (done - started)), self.gathered, loop)
+    if self.waiting or self.closed:
+        self.soon(loop)
     self.on_batch(rows)
 
 
@@ -174,7 +198,7 @@ def close(self: Batcher, loop: asyncio.AbstractEventLoop) -> None:
         self.next_batch(loop)
 
 
-Batcher.next_batch, Batcher.deliver, Batcher.give_up, Batcher.close = next_batch, deliver, give_up, close
+Batcher.next_batch, Batcher.soon, Batcher.gathered, Batcher.deliver, Batcher.give_up, Batcher.close = next_batch, soon, gathered, deliver, give_up, close
 
 # %% ../../nbs/serve/batching.ipynb #c41b300e
 def calling(calls: SimpleQueue, run: Callable) -> None:

@@ -84,7 +84,7 @@ class Journal:
 def writing(self: Journal) -> None:
     while True:
         entries = [self.queue.get()]
-        if entries[0] is not None and len(entries[0].rows) < GATHERED:
+        if entries[0] is not None and self.came - self.written < GATHERED:
             time.sleep(self.pause_s)
         rows = 0
         try:

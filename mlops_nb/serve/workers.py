@@ -44,11 +44,12 @@ def preload() -> None:
     "Import what every worker needs, once, in the parent."
     import gc
 
+    gc.disable()  # what is imported stays; looking through it again and again would take a tenth of the start
     for name in ("numpy", "pandas", "sklearn.pipeline", "skops.io", "starlette.applications", "orjson", "granian.server.embed",
                  "mlops_nb.serve.app", "mlops_nb.serve.edge", "mlops_nb.serve.observe", "mlops_nb.serve.platforms", "mlops_nb.model.registry", "mlops_nb.model.trust"):
         import_module(name)
-    gc.collect()
     gc.freeze()  # so that the collector does not touch, and so copy, what all share
+    gc.enable()
     gc.set_threshold(50_000, 20, 100)  # a request leaves no cycles behind
 
 # %% ../../nbs/serve/workers.ipynb #f4dc7371
