@@ -133,20 +133,6 @@ class Batcher:
 GATHER_S, GATHER_CALLS = 0.002, 4  # how long a call waits for a crowd: at most so long, and never longer than so many calls take
 
 
-def next_batch(self: Batcher, loop: asyncio.AbstractEventLoop) -> None:
-    batch = self.taken(loop.time())
-    self.busy = bool(batch)
-    if batch:
-        if self.calls is None:
-            self.calls = SimpleQueue()
-            threading.Thread(target=calling, args=(self.calls, self.run), daemon=True, name="predict").start()
-        patience = loop.call_later(self.queue.answer_s, self.give_up, loop, batch)
-        self.calls.put((batch, lambda *results: loop.call_soon_threadsafe(self.deliver, loop, batch, patience, *results)))
-    elif self.closed and self.calls is not None:
-        self.calls.put(None)
-        self.calls = None
-
-
 def soon(self: Batcher, loop: asyncio.AbstractEventLoop) -> None:
     "Call the model next, unless it is at work or more are likely to come in a moment."
     if self.busy or self.gathering and len(self.waiting) < self.crowds[-1] and self.waiting_rows < self.pace.limit:
@@ -161,6 +147,23 @@ def gathered(self: Batcher, loop: asyncio.AbstractEventLoop) -> None:
     self.gathering = None
     if self.waiting:
         self.soon(loop)
+
+
+Batcher.soon, Batcher.gathered = soon, gathered
+
+# %% ../../nbs/serve/batching.ipynb #a7c31f0e
+def next_batch(self: Batcher, loop: asyncio.AbstractEventLoop) -> None:
+    batch = self.taken(loop.time())
+    self.busy = bool(batch)
+    if batch:
+        if self.calls is None:
+            self.calls = SimpleQueue()
+            threading.Thread(target=calling, args=(self.calls, self.run), daemon=True, name="predict").start()
+        patience = loop.call_later(self.queue.answer_s, self.give_up, loop, batch)
+        self.calls.put((batch, lambda *results: loop.call_soon_threadsafe(self.deliver, loop, batch, patience, *results)))
+    elif self.closed and self.calls is not None:
+        self.calls.put(None)
+        self.calls = None
 
 
 def deliver(self: Batcher, loop: asyncio.AbstractEventLoop, batch: list[Ask], patience: asyncio.TimerHandle, answers: list, started: float, done: float) -> None:
@@ -198,7 +201,7 @@ def close(self: Batcher, loop: asyncio.AbstractEventLoop) -> None:
         self.next_batch(loop)
 
 
-Batcher.next_batch, Batcher.soon, Batcher.gathered, Batcher.deliver, Batcher.give_up, Batcher.close = next_batch, soon, gathered, deliver, give_up, close
+Batcher.next_batch, Batcher.deliver, Batcher.give_up, Batcher.close = next_batch, deliver, give_up, close
 
 # %% ../../nbs/serve/batching.ipynb #c41b300e
 def calling(calls: SimpleQueue, run: Callable) -> None:
