@@ -3139,6 +3139,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'mlops_nb.serve.batching.deliver': ('serve/batching.html#deliver', 'mlops_nb/serve/batching.py'),
                                          'mlops_nb.serve.batching.gathered': ('serve/batching.html#gathered', 'mlops_nb/serve/batching.py'),
                                          'mlops_nb.serve.batching.give_up': ('serve/batching.html#give_up', 'mlops_nb/serve/batching.py'),
+                                         'mlops_nb.serve.batching.is_too_much': ( 'serve/batching.html#is_too_much',
+                                                                                  'mlops_nb/serve/batching.py'),
                                          'mlops_nb.serve.batching.next_batch': ( 'serve/batching.html#next_batch',
                                                                                  'mlops_nb/serve/batching.py'),
                                          'mlops_nb.serve.batching.soon': ('serve/batching.html#soon', 'mlops_nb/serve/batching.py')},

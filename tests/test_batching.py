@@ -448,3 +448,24 @@ def test_a_call_that_is_full_waits_for_nobody(monkeypatch):
         assert batcher.gathering
         assert len(await batcher.submit(list(range(8)))) == 8
     in_loop(test())
+
+
+def test_a_burst_is_taken_and_a_crowd_that_stays_is_held_to_its_number():
+    async def test():
+        gate = Gate()
+        batcher = Batcher(gate, Queue(requests=4, soon_s=1000, lasting_s=1000))
+        first = await first_in(batcher, gate)
+        burst = [batcher.submit([i]) for i in range(50)]  # nothing is known yet, so it is a burst
+        gate.go.set()
+        await asyncio.gather(first, *burst)
+        assert batcher.crowd > 4
+        gate.go.clear()
+        gate.held, gate.calls = 1, []
+        again = [batcher.submit([i]) for i in range(4)]
+        with pytest.raises(Busy):
+            batcher.submit(["one too many"])
+        gate.go.set()
+        assert len(await asyncio.gather(*again)) == 4
+        batcher.crowd_at -= 1001  # long ago
+        assert len(await asyncio.gather(*(batcher.submit([i]) for i in range(50)))) == 50
+    in_loop(test())

@@ -34,8 +34,9 @@ class Late(Unavailable):
 @dataclass(frozen=True)
 class Queue:
     "How many wait, for how long, and how large a batch may become."
-    requests: int = 32  # so many may always wait
+    requests: int = 24  # so many may always be there
     soon_s: float = 0.02  # more may wait when their answer can be expected within this time
+    lasting_s: float = 0.1  # but not when there were too many over so long a time
     rows: int = 50_000  # never more than this
     batch_s: float = 0.025  # a batch is made smaller when it takes longer
     batch_rows: int = 10_000  # and is never larger than this
@@ -94,14 +95,16 @@ class Batcher:
     closed: bool = False  # its thread ends as soon as nothing waits
     crowds: deque = field(default_factory=lambda: deque([1], 4))  # how many were there, answered or waiting, at the last calls' ends
     gathering: asyncio.TimerHandle | None = None  # the moment that the next call waits for them
+    asked: int = 0  # requests in the call that goes on
+    crowd: float = 0.0  # how many were there over the last tenth of a second, on average
+    crowd_at: float = 0.0  # and when that was
 
     def submit(self, rows: list, job: Hashable = None) -> asyncio.Future:
         "A future with one answer a row; `Busy` when too many wait already."
-        wait_s = self.waiting_rows * self.pace.row_s
-        if len(self.waiting) >= self.queue.requests and wait_s > self.queue.soon_s or self.waiting_rows and self.waiting_rows + len(rows) > self.queue.rows:
+        loop, wait_s = asyncio.get_running_loop(), self.waiting_rows * self.pace.row_s
+        ask = Ask(job, rows, loop.create_future(), time.perf_counter())
+        if self.is_too_much(ask, wait_s):
             raise Busy(f"{len(self.waiting)} requests are waiting already; try again in {max(1, round(wait_s))} s, or ask more servers.", max(1, round(wait_s)))
-        loop = asyncio.get_running_loop()
-        ask = Ask(job, rows, loop.create_future(), loop.time())
         self.waiting.append(ask)
         self.waiting_rows += len(rows)
         self.soon(loop)
@@ -133,6 +136,13 @@ class Batcher:
 GATHER_S, GATHER_CALLS = 0.002, 4  # how long a call waits for a crowd: at most so long, and never longer than so many calls take
 
 
+def is_too_much(self: Batcher, ask: Ask, wait_s: float) -> bool:
+    "Whether a request is one too many: in a burst when it would wait long, in a crowd that lasts as soon as there are enough."
+    if len(self.waiting) + self.asked >= self.queue.requests < self.crowd and ask.since - self.crowd_at < self.queue.lasting_s:
+        return True
+    return len(self.waiting) >= self.queue.requests and wait_s > self.queue.soon_s or bool(self.waiting) and self.waiting_rows + len(ask.rows) > self.queue.rows
+
+
 def soon(self: Batcher, loop: asyncio.AbstractEventLoop) -> None:
     "Call the model next, unless it is at work or more are likely to come in a moment."
     if self.busy or self.gathering and len(self.waiting) < self.crowds[-1] and self.waiting_rows < self.pace.limit:
@@ -149,12 +159,12 @@ def gathered(self: Batcher, loop: asyncio.AbstractEventLoop) -> None:
         self.soon(loop)
 
 
-Batcher.soon, Batcher.gathered = soon, gathered
+Batcher.is_too_much, Batcher.soon, Batcher.gathered = is_too_much, soon, gathered
 
 # %% ../../nbs/serve/batching.ipynb #a7c31f0e
 def next_batch(self: Batcher, loop: asyncio.AbstractEventLoop) -> None:
-    batch = self.taken(loop.time())
-    self.busy = bool(batch)
+    batch = self.taken(time.perf_counter())
+    self.busy, self.asked = bool(batch), len(batch)
     if batch:
         if self.calls is None:
             self.calls = SimpleQueue()
@@ -178,7 +188,8 @@ def deliver(self: Batcher, loop: asyncio.AbstractEventLoop, batch: list[Ask], pa
         if not ask.answer.done():
             ask.answer.set_exception(answer) if isinstance(answer, BaseException) else ask.answer.set_result(answer)
     self.crowds.append(len(batch) + len(self.waiting))
-    self.busy = False
+    self.crowd += (self.crowds[-1] - self.crowd) * min(1.0, (now - self.crowd_at) / self.queue.lasting_s)
+    self.crowd_at, self.busy, self.asked = now, False, 0
     if self.merge and not self.closed and min(self.crowds) > 1:
         self.gathering = loop.call_later(min(GATHER_S, GATHER_CALLS * (done - started)), self.gathered, loop)
     if self.waiting or self.closed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -160,7 +161,7 @@ async def held(desk: Desk) -> None:
     "Keep a refused client waiting for a moment: one that comes back at once would cost the others more than its request."
     desk.held += 1
     try:
-        await asyncio.sleep(HOLD_S)
+        await asyncio.sleep(HOLD_S * (0.5 + random.random()))  # not all of them at once
     finally:
         desk.held -= 1
 
