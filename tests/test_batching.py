@@ -39,8 +39,8 @@ async def until(happened):
             await asyncio.sleep(0.005)
 
 
-def predict_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "predict" and thread.is_alive()]
+def predict_threads(*before):
+    return [thread for thread in threading.enumerate() if thread.name == "predict" and thread.is_alive() and thread not in before]
 
 
 async def first_in(batcher, gate, rows=("first",), job="a"):
@@ -233,7 +233,7 @@ def test_a_client_that_leaves_during_its_call_harms_nobody():
 def test_a_call_that_does_not_return_is_given_up_and_the_next_one_answered():
     async def test():
         gate = Gate()
-        before = len(predict_threads())
+        before = predict_threads()
         batcher = Batcher(gate, Queue(answer_s=0.2))
         first = await first_in(batcher, gate)
         with pytest.raises(Late, match="did not answer within 0.2 s"):
@@ -242,10 +242,10 @@ def test_a_call_that_does_not_return_is_given_up_and_the_next_one_answered():
         assert await batcher.submit(["next"], "a") == [("a", "next")]
         assert batcher.lost == 1 and not batcher.stuck
         gate.go.set()  # it comes back after all: its thread ends, and its late answer disturbs nobody
-        await until(lambda: len(predict_threads()) == before + 1)
+        await until(lambda: len(predict_threads(*before)) == 1)
         assert await batcher.submit(["again"], "a") == [("a", "again")]
         batcher.close(asyncio.get_running_loop())
-        await until(lambda: len(predict_threads()) == before)
+        await until(lambda: not predict_threads(*before))
     in_loop(test())
 
 
@@ -266,7 +266,7 @@ def test_who_waited_too_long_is_told_and_the_model_is_not_asked():
 
 def test_after_some_lost_calls_it_is_stuck():
     async def test():
-        gate, before = Gate(held=STUCK), len(predict_threads())
+        gate, before = Gate(held=STUCK), predict_threads()
         batcher = Batcher(gate, Queue(answer_s=0.1))
         for i in range(STUCK):
             assert not batcher.stuck
@@ -275,7 +275,7 @@ def test_after_some_lost_calls_it_is_stuck():
         assert batcher.stuck and batcher.lost == STUCK
         gate.go.set()
         batcher.close(asyncio.get_running_loop())
-        await until(lambda: len(predict_threads()) == before)
+        await until(lambda: not predict_threads(*before))
     in_loop(test())
 
 
@@ -283,12 +283,12 @@ def test_after_some_lost_calls_it_is_stuck():
 
 def test_closing_ends_the_thread_and_lets_go_of_the_model():
     async def test():
-        gone, before = Gate(held=0), len(predict_threads())
+        gone, before = Gate(held=0), predict_threads()
         batcher, held = Batcher(gone), weakref.ref(gone)
         assert await batcher.submit([1], "a") == [("a", 1)]
-        assert len(predict_threads()) == before + 1
+        assert len(predict_threads(*before)) == 1
         batcher.close(asyncio.get_running_loop())
-        await until(lambda: len(predict_threads()) == before)
+        await until(lambda: not predict_threads(*before))
         del gone, batcher
         await asyncio.sleep(0)
         gc.collect()
@@ -298,25 +298,25 @@ def test_closing_ends_the_thread_and_lets_go_of_the_model():
 
 def test_closing_while_busy_answers_what_waits_first():
     async def test():
-        gate, before = Gate(), len(predict_threads())
+        gate, before = Gate(), predict_threads()
         batcher = Batcher(gate, merge=False)
         first = await first_in(batcher, gate)
         asked = [batcher.submit([i], "a") for i in range(3)]
         batcher.close(asyncio.get_running_loop())
         gate.go.set()
         assert await asyncio.gather(first, *asked) == [[("a", row)] for row in ["first", 0, 1, 2]]
-        await until(lambda: len(predict_threads()) == before)
+        await until(lambda: not predict_threads(*before))
     in_loop(test())
 
 
 def test_a_latecomer_at_a_closed_one_is_answered_and_leaves_no_thread():
     async def test():
-        before = len(predict_threads())
+        before = predict_threads()
         batcher = Batcher(Gate(held=0))
         assert await batcher.submit([1], "a")
         batcher.close(asyncio.get_running_loop())
         assert await batcher.submit([2], "a") == [("a", 2)]  # the copy for a shadow that was swapped meanwhile
-        await until(lambda: len(predict_threads()) == before)
+        await until(lambda: not predict_threads(*before))
     in_loop(test())
 
 
@@ -435,6 +435,24 @@ def test_who_comes_back_alone_waits_a_moment_only_and_the_next_one_not_at_all(mo
     in_loop(test())
 
 
+def test_closing_while_a_crowd_is_waited_for_answers_who_is_there_and_ends_the_thread(monkeypatch):
+    monkeypatch.setattr("mlops_nb.serve.batching.GATHER_S", 10**6)
+    monkeypatch.setattr("mlops_nb.serve.batching.GATHER_CALLS", 10**9)
+
+    async def test():
+        before = predict_threads()
+        batcher, asked = crowd_of(4, Gate(held=0))
+        await asyncio.gather(*asked)
+        early = batcher.submit(["early"])
+        assert batcher.gathering
+        batcher.close(asyncio.get_running_loop())
+        assert await early == [(None, "early")]
+        await until(lambda: not predict_threads(*before))
+        assert await batcher.submit(["late"]) == [(None, "late")]
+        await until(lambda: not predict_threads(*before))
+    in_loop(test())
+
+
 def test_a_call_that_is_full_waits_for_nobody(monkeypatch):
     monkeypatch.setattr("mlops_nb.serve.batching.GATHER_S", 10**6)
     monkeypatch.setattr("mlops_nb.serve.batching.GATHER_CALLS", 10**9)
@@ -468,4 +486,30 @@ def test_a_burst_is_taken_and_a_crowd_that_stays_is_held_to_its_number():
         assert len(await asyncio.gather(*again)) == 4
         batcher.crowd_at -= 1001  # long ago
         assert len(await asyncio.gather(*(batcher.submit([i]) for i in range(50)))) == 50
+    in_loop(test())
+
+
+def test_versions_are_compared_by_what_they_need_not_by_who_went_first():
+    "Two versions in one process take turns at the processor, and the one with less traffic waits for the other more often than the other for it."
+    batcher = Batcher(lambda job, rows: rows)
+    assert batcher.comparable(0.010, 0.0099) == 0.0099
+    assert batcher.comparable(0.030, 0.0100) == 0.0100  # the other's turn
+    assert batcher.comparable(0.200, 0.0100) == 0.200  # nobody's turn takes so long
+    remote = Batcher(lambda job, rows: rows)
+    assert remote.comparable(0.030, 0.001) == 0.030  # it waits for something by itself
+
+
+def test_what_a_call_took_is_known_without_the_waiting_before_it():
+    async def test():
+        gate = Gate()
+        batcher = Batcher(gate)
+        first = await first_in(batcher, gate)
+        waiting = batcher.submit(["waits"], "a")
+        await asyncio.sleep(1)
+        gate.go.set()
+        await first
+        assert batcher.worked_s > 0.9  # the gate was closed for so long
+        await waiting
+        assert batcher.worked_s < 0.9
+        batcher.close(asyncio.get_running_loop())
     in_loop(test())

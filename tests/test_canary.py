@@ -180,6 +180,16 @@ def test_half_as_slow_again_and_shifted_predictions_within_the_band_are_no_alarm
     assert (highest >= math.log(300)).any(axis=1).sum() <= stats.binom.ppf(0.999, 60, 0.01)
 
 
+def test_the_last_digits_and_few_values_are_no_drift():
+    "A model answers the same row with other last digits in another batch; a client that asks about one row over and over sends one value only."
+    rng = random.Random(3)
+    for values in ([459.4], [459.4, 12.25, 0.1], [1 / n for n in range(1, 30)]):
+        assert caught(Canary(PLAN), rng, main=lambda i: {"answers": [rng.choice(values)]}, new=lambda i: {"answers": [rng.choice(values) * (1 + 1e-15 * rng.randrange(8))]}) is None
+    assert caught(Canary(PLAN), rng, main=lambda i: {"answers": [459.4]}, new=lambda i: {"answers": [459.41]}) is None
+    assert caught(Canary(PLAN), rng, main=lambda i: {"answers": [459.4]}, new=lambda i: {"answers": [512.0]}) < 5000
+    assert caught(Canary(PLAN), rng, main=lambda i: {"answers": [22728]}, new=lambda i: {"answers": [22731]}) < 5000  # names that are numbers
+
+
 def test_small_samples_do_not_drift():
     "Forty predictions of a fresh version: their index is over the band by chance alone in most worlds, and no world is alarmed."
     rng, over = random.Random(4), 0

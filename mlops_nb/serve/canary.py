@@ -16,8 +16,8 @@ from .model_plan import ModelPlan
 
 # %% auto #0
 __all__ = ['FLOOR_S', 'KEPT', 'BLOCKS', 'STEP', 'BAND', 'CRITERIA', 'EARLY', 'FEWEST', 'Tally', 'plain', 'quantile', 'Tallies',
-           'Bins', 'shares', 'added', 'over', 'time_gains', 'Watch', 'worst_stretch', 'error_figures', 'time_figures',
-           'seconds_of', 'drift_figures', 'Canary', 'version_row', 'check_rows']
+           'Bins', 'coarse', 'shares', 'added', 'over', 'time_gains', 'Watch', 'worst_stretch', 'error_figures',
+           'time_figures', 'seconds_of', 'drift_figures', 'Canary', 'version_row', 'check_rows']
 
 # %% ../../nbs/serve/canary.ipynb #af551e54
 FLOOR_S = 0.001  # shorter times count as a millisecond: nobody minds 0.4 ms instead of 0.2
@@ -50,7 +50,7 @@ def plain(answer: object) -> float | str:
     while isinstance(answer, (list, tuple, dict)) and answer:
         answer = next(iter(answer.values())) if isinstance(answer, dict) else answer[0]
     if isinstance(answer, (float, int)) and not isinstance(answer, bool):
-        return float(answer) if -1e300 < answer < 1e300 else "nan"
+        return float(f"{answer:.6g}") if -1e300 < answer < 1e300 else "nan"  # the last digits depend on the rows beside it
     return str(answer)[:100]
 
 
@@ -109,16 +109,21 @@ class Bins:
         if len(numbers) > len(answers) / 2 and len(set(numbers)) > 10:
             self.edges = sorted({numbers[len(numbers) * i // 10] for i in range(1, 10)})
         else:
-            self.names = {name: i for i, (name, _) in enumerate(Counter(answers).most_common(15))}
+            self.names = {name: i for i, (name, _) in enumerate(Counter(map(coarse, answers)).most_common(15))}
         self.n = (len(self.edges) + 1 if self.edges else len(self.names)) + 1
 
     def counts(self, answers: Sequence) -> list[int]:
         "How many of these fall into each bin."
         counts = [0] * self.n
         for one in answers:
-            fits = isinstance(one, float) if self.edges else one in self.names
-            counts[(bisect_right(self.edges, one) if self.edges else self.names[one]) if fits else -1] += 1
+            at = bisect_right(self.edges, one) if self.edges and isinstance(one, float) else -1 if self.edges else self.names.get(coarse(one), -1)
+            counts[at] += 1
         return counts
+
+
+def coarse(answer: float | str) -> str:
+    "The name of a prediction where there are few: a number to three digits, so that 12.31 and 12.33 are one; a whole number as it is."
+    return f"{answer:.3g}" if isinstance(answer, float) and not answer.is_integer() else str(answer)
 
 
 def shares(counts: Sequence[int]) -> list[float]:
@@ -242,8 +247,8 @@ def time_figures(watch: Watch) -> dict:
         return {"value": None, "expected": "some answers of both", "said": "has no times yet"}
     rows = [(seconds_of(quantile(new.times, level), watch), seconds_of(quantile(main.times, level), watch), level) for level in (0.5, 0.95)]
     slow, fast, level = max(rows, key=lambda row: row[0] / row[1])
-    return {"value": slow / fast, "expected": f"<= {watch.bands['latency_ratio']:g} times", "said": f"is too slow: {level:.0%} of its last {sum(new.times.values()):,} answers came within {1000 * slow:.3g} ms, "
-            f"of {{main}}'s within {1000 * fast:.3g} ms, {slow / fast:.3g} times as long; the band is {watch.bands['latency_ratio']:g} times"}
+    return {"value": slow / fast, "expected": f"<= {watch.bands['latency_ratio']:g} times", "said": f"is too slow: {level:.0%} of its last {sum(new.times.values()):,} answers took the model {1000 * slow:.3g} ms at most, "
+            f"of {{main}}'s {1000 * fast:.3g} ms, {slow / fast:.3g} times as long; the band is {watch.bands['latency_ratio']:g} times"}
 
 
 def seconds_of(bin: int | None, watch: Watch) -> float:

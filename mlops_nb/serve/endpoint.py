@@ -226,7 +226,7 @@ async def predict(
             placed.canary.saw(selector, seconds=time.perf_counter() - started, failed=True)
         raise
     if placed.canary:
-        placed.canary.saw(selector, seconds=time.perf_counter() - started, answers=answers)
+        placed.canary.saw(selector, seconds=served.batcher.worked_s, answers=answers)  # without its waiting, which depends on how many others came
     if self.journal is not None:
         if self.journal.behind:
             await self.journal.room()
