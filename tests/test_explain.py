@@ -1,8 +1,13 @@
 """Explanations add up to the model's raw output, and agree with the `shap` package and with the definition of Shapley values."""
 
+import importlib
+import os
+import subprocess
+import sys
 import warnings
 from itertools import combinations
 from math import factorial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -330,3 +335,186 @@ def test_a_ranker_of_somebody_else_is_asked_for_k():
     assert top_answers(Ranker(), NUMBERS[:2], 2, {"shop": "north", "k": 7}) == [{"prediction": ["north", "north"]}] * 2
     with pytest.raises(Invalid, match="takes no param"):
         top_answers(Ranker(), NUMBERS[:2], 2, {"shops": "north"})
+
+
+def library_of(name):
+    "XGBoost or LightGBM; the latter also wants OpenMP of the system."
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        pytest.skip(f"{name} cannot be imported ({type(error).__name__}): pip install {name}")
+
+
+def xgboost_models():
+    "One of each kind of output, and where the library itself goes other ways."
+    xgb = library_of("xgboost")
+    few, y3 = dict(n_estimators=8, n_jobs=1), TARGETS["three classes"]
+    yield xgb.XGBRegressor(**few).fit(NUMBERS, SIGNAL), "prediction"
+    yield xgb.XGBRegressor(**few, objective="count:poisson").fit(NUMBERS, np.exp(SIGNAL / 4)), "log of the prediction"
+    yield xgb.XGBRegressor(**few, booster="dart", rate_drop=0.3).fit(NUMBERS, SIGNAL), "prediction"
+    yield xgb.XGBRegressor(n_estimators=90, n_jobs=1, early_stopping_rounds=2).fit(NUMBERS[:200], SIGNAL[:200], eval_set=[(NUMBERS[200:], -SIGNAL[200:])], verbose=False), "prediction"
+    yield xgb.XGBClassifier(**few).fit(NUMBERS, SIGNAL > 0), "log-odds of 1"
+    yield xgb.XGBClassifier(**few).fit(NUMBERS, y3), "log-odds of"
+    yield xgb.XGBRFClassifier(**few).fit(NUMBERS, y3), "log-odds of"
+    yield xgb.XGBClassifier(**few, objective="binary:hinge").fit(NUMBERS, SIGNAL > 0), "score of 1"
+    yield xgb.XGBRanker(**few).fit(NUMBERS, (SIGNAL > 0).astype(int), group=[30] * 10), "score"
+
+
+def lightgbm_models():
+    lgb = library_of("lightgbm")
+    few, y3 = dict(n_estimators=8, n_jobs=1, verbose=-1), TARGETS["three classes"]
+    yield lgb.LGBMRegressor(**few).fit(NUMBERS, SIGNAL), "prediction"
+    yield lgb.LGBMRegressor(**few, objective="tweedie").fit(NUMBERS, np.exp(SIGNAL / 4)), "log of the prediction"
+    yield lgb.LGBMRegressor(**few, reg_sqrt=True).fit(NUMBERS, SIGNAL), "score"
+    yield lgb.LGBMRegressor(**few, boosting_type="rf", bagging_freq=1, bagging_fraction=0.7).fit(NUMBERS, SIGNAL), "prediction"
+    yield lgb.LGBMRegressor(**few | {"n_estimators": 90}).fit(NUMBERS[:200], SIGNAL[:200], eval_set=[(NUMBERS[200:], -SIGNAL[200:])], callbacks=[lgb.early_stopping(2, verbose=False)]), "prediction"
+    yield lgb.LGBMClassifier(**few).fit(NUMBERS, TARGETS["two classes"]), "log-odds of yes"
+    yield lgb.LGBMClassifier(**few).fit(NUMBERS, y3), "log-odds of"
+    yield lgb.LGBMRanker(**few).fit(NUMBERS, (SIGNAL > 0).astype(int), group=[30] * 10), "score"
+
+
+@pytest.mark.parametrize("models", [xgboost_models, lightgbm_models])
+def test_boosters_add_up_and_agree_with_the_shap_package(models):
+    rows = pd.DataFrame(np.where(rng.random((25, 5)) < 0.1, np.nan, NUMBERS[:25]), columns=list("abcde"))
+    for model, words in models():
+        found, outputs = Explainer(model)(rows), raw_outputs(model, rows.to_numpy())
+        which = np.full(25, outputs.shape[1] - 1) if outputs.shape[1] <= 2 else outputs.argmax(axis=1)
+        np.testing.assert_allclose([one["base"] + sum(one["contributions"].values()) for one in found], outputs[range(25), which], atol=1e-5)
+        assert all(one["explains"].startswith(words) and one["output"] == pytest.approx(one["base"] + sum(one["contributions"].values())) for one in found)
+        if outputs.shape[1] > 2:
+            assert [one["explains"] for one in found] == [f"log-odds of {name}" for name in model.predict(rows.to_numpy())]
+        if getattr(model, "booster", "") == "dart":
+            continue  # the shap package knows no weights of trees
+        theirs = np.asarray(shap.TreeExplainer(model).shap_values(rows.to_numpy())).reshape(25, 5, -1)
+        theirs = theirs[range(25), :, which if theirs.shape[2] > 2 else -1]
+        np.testing.assert_allclose([list(one["contributions"].values()) for one in found], theirs, atol=1e-5)
+
+
+def parts_of(model):
+    "The trees of a booster for `expectation`, from the table in which each library writes down its own."
+    table = model.get_booster().trees_to_dataframe() if hasattr(model, "get_booster") else model.booster_.trees_to_dataframe()
+    for _, one in table.groupby("Tree" if "Tree" in table else "tree_index"):
+        if "Tree" in one:  # XGBoost: below a threshold is left, and a leaf has its answer as its gain
+            ids, leaf = one["ID"], one["Feature"] == "Leaf"
+            left, right, feature, threshold, missing = one["Yes"], one["No"], one["Feature"].str[1:], np.nextafter(one["Split"].astype("f4"), np.float32(-np.inf)), one["Missing"] == one["Yes"]
+            value, cover = one["Gain"], one["Cover"]
+        else:
+            ids, leaf = one["node_index"], one["split_feature"].isna()
+            left, right, feature, threshold, missing = one["left_child"], one["right_child"], one["split_feature"].str.rpartition("_")[2], one["threshold"], one["missing_direction"] == "left"
+            value, cover = one["value"], one["count"]
+        places = {name: i for i, name in enumerate(ids)}
+        yield SimpleNamespace(children_left=np.array([places.get(name, -1) for name in left]), children_right=np.array([places.get(name, -1) for name in right]), missing_go_to_left=missing.to_numpy(),
+                              feature=np.where(leaf, -1, pd.to_numeric(feature, errors="coerce").fillna(-1)).astype(int), threshold=np.asarray(threshold, float), value=value.to_numpy()[:, None], weighted_n_node_samples=cover.to_numpy(float))
+
+
+@pytest.mark.parametrize("models", [xgboost_models, lightgbm_models])
+def test_boosters_agree_with_the_definition(models):
+    model = next(models())[0]
+    for x in NUMBERS[:4]:
+        found = Explainer(model)(pd.DataFrame(x[None], columns=list("abcde")))[0]
+        defined = sum(by_definition(one, x) for one in parts_of(model))
+        np.testing.assert_allclose(list(found["contributions"].values()), np.ravel(defined), atol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["xgboost", "lightgbm"])
+@pytest.mark.parametrize("words", STEPS)
+def test_boosters_are_explained_through_pipelines(library, words):
+    made = library_of(library)
+    X = shop()
+    final = made.XGBClassifier(n_estimators=8, n_jobs=1) if library == "xgboost" else made.LGBMClassifier(n_estimators=8, n_jobs=1, verbose=-1)
+    whole = make_pipeline(STEPS[words], final)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole.fit(X, np.where(X["price"].fillna(0) * X["pieces"] + (X["country"] == "France") * 9 > 25, 1, 0))
+        found, seen = explainer(whole)(X.head(25)), whole[:-1].transform(X.head(25))
+        outputs = whole[-1].predict(seen, **{"output_margin" if library == "xgboost" else "raw_score": True})  # sparse ones too, where XGBoost takes a zero for missing
+    np.testing.assert_allclose([one["output"] for one in found], outputs, atol=1e-5)
+    assert all(list(one["contributions"]) == list(X.columns) for one in found)
+
+
+def test_columns_of_boosters_are_those_of_the_client():
+    from mlops_nb.serve.inputs import columns_of
+
+    lgb = library_of("lightgbm")
+    X = pd.DataFrame(NUMBERS, columns=["unit price", *"bcde"])
+    model = lgb.LGBMRegressor(n_estimators=5, n_jobs=1, verbose=-1).fit(X, SIGNAL)  # it keeps the name as unit_price
+    found = explainer(model, columns_of(dict.fromkeys(X.columns, "double")))(X.head(9))
+    assert list(found[0]["contributions"]) == list(X.columns)
+    np.testing.assert_allclose([one["output"] for one in found], model.predict(X.head(9)), atol=1e-9)
+    lined = lgb.LGBMRegressor(n_estimators=5, n_jobs=1, verbose=-1, linear_tree=True).fit(X, SIGNAL)
+    assert explainer(lined) is None and "without linear_tree" in why_not(lined)
+
+
+def test_categories_of_boosters():
+    lgb = library_of("lightgbm")
+    xgb = library_of("xgboost")
+    X = pd.DataFrame({"size": NUMBERS[:, 0], "colour": pd.Series(rng.choice(list("rgb"), N), dtype="category")})
+    for model in (lgb.LGBMRegressor(n_estimators=5, n_jobs=1, verbose=-1), xgb.XGBRegressor(n_estimators=5, n_jobs=1, enable_categorical=True)):
+        model.fit(X, SIGNAL + X["colour"].cat.codes)
+        np.testing.assert_allclose([one["output"] for one in explainer(model)(X.head(30))], model.predict(X.head(30)), atol=1e-5)
+
+
+def test_several_numbers_a_row_of_xgboost_are_not_explained():
+    xgb = library_of("xgboost")
+    two = np.stack([SIGNAL, -SIGNAL], axis=1)
+    for model, y in ((xgb.XGBRegressor(n_estimators=3), two), (xgb.XGBRegressor(n_estimators=3, multi_strategy="multi_output_tree"), two), (xgb.XGBClassifier(n_estimators=3), (two > 0).astype(int)),
+                     (xgb.XGBRegressor(n_estimators=3, objective="reg:quantileerror", quantile_alpha=[0.1, 0.9]), SIGNAL)):
+        assert explainer(model.fit(NUMBERS, y)) is None and "2 numbers a row" in why_not(model)
+
+
+SERVED = """
+import sys
+from pathlib import Path
+import httpx, numpy as np, pandas as pd, time
+import mlops_nb as mlops
+from mlops_nb.core.errors import Untrusted
+from mlops_nb.model.registry import load_model
+
+X = pd.DataFrame(np.random.default_rng(0).normal(size=(200, 3)), columns=["pieces", "price", "age"])
+y = (X["pieces"] > 0).astype(int)
+if sys.argv[1] == "xgboost":
+    from xgboost import XGBClassifier
+    model = XGBClassifier(n_estimators=5, n_jobs=1).fit(X, y)
+else:
+    from lightgbm import LGBMClassifier
+    model = LGBMClassifier(n_estimators=5, n_jobs=1, verbose=-1).fit(X, y)
+try:
+    mlops.register(model, "shelf", example=X.head())
+    raise SystemExit("it was registered without a word")
+except Untrusted as error:
+    said = str(error)
+trust = eval(said[said.index("trust=") + 6:said.rindex("]") + 1])  # what a person copies from the sentence
+mlops.register(model, "shelf", example=X.head(), trust=trust)
+assert load_model("shelf@1").predict(X).tolist() == model.predict(X).tolist()
+deployed = mlops.deploy("shelf@1")
+try:
+    token = Path(mlops.tokens("shelf", add="test").facts["file"]).read_text()
+    with httpx.Client(base_url=deployed.url, headers={"Authorization": f"Bearer {token}"}, timeout=120) as asking:
+        latest = time.monotonic() + 120
+        while asking.get("/ping").status_code == 401 and time.monotonic() < latest:
+            time.sleep(0.1)
+        answer = asking.post("/predict?explain=true", json=X.head(3).to_dict("records"))
+        assert answer.status_code == 200, answer.text
+        records = answer.json()["records"]
+finally:
+    mlops.undeploy("shelf")
+raw = model.predict(X.head(3), **{"output_margin" if sys.argv[1] == "xgboost" else "raw_score": True})
+for one, expected in zip(records, raw):
+    why = one["explanation"]
+    assert list(why["contributions"]) == list(X.columns) and why["explains"] == "log-odds of 1", why
+    assert abs(why["base"] + sum(why["contributions"].values()) - expected) < 1e-5, (why, expected)
+assert [one["prediction"] for one in records] == model.predict(X.head(3)).tolist()
+print("served")
+"""
+
+
+@pytest.mark.parametrize("library", ["xgboost", "lightgbm"])
+def test_a_booster_is_registered_served_and_explained(tmp_path, library):
+    "As a user does it: refused with the sentence that says what to trust, then trusted, deployed and asked."
+    from mlops_nb.core.settings import init
+
+    library_of(library)
+    init(str(tmp_path / "shop"), name="shop")
+    done = subprocess.run([sys.executable, "-c", SERVED, library], cwd=tmp_path / "shop", capture_output=True, text=True, timeout=600,
+                          env={**{name: value for name, value in os.environ.items() if name != "MLOPS_PROJECT"}, "MLOPS_HOME": str(tmp_path / "home")})
+    assert done.returncode == 0 and "served" in done.stdout, done.stdout + done.stderr[-3000:]

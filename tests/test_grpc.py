@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import select
 import signal
@@ -27,7 +28,7 @@ from tritonclient.utils import np_to_triton_dtype  # noqa: E402
 
 from mlops_nb.serve.grpc import CODES, MESSAGES, STATUS, grpc_server, hold_port, infer_response, messages, parse_request  # noqa: E402
 
-WAIT_S = 60
+WAIT_S = 180
 GRANTS = {b"secret": Grant("anna", frozenset(["predict"])), b"boss": Grant("ben", frozenset(["admin"]))}
 ERRORS = {"busy": Busy("32 requests are waiting already; try again in 3 s.", 3), "late": Late("the request waited too long; try again later."), "gone": Unavailable("no model is loaded yet; wait."),
           "bug": RuntimeError("SECRET row 17")}
@@ -280,7 +281,7 @@ def test_large_messages_are_refused_also_when_they_are_small_on_the_way(client):
 
 def test_the_clients_deadline_ends_the_call(client, calls):
     with pytest.raises(triton.InferenceServerException) as refused:
-        client.infer("any", [sent("x", np.array([1.0]))], parameters={"sleep_s": 30}, headers=TOKEN, client_timeout=0.3)
+        client.infer("any", [sent("x", np.array([1.0]))], parameters={"sleep_s": 300}, headers=TOKEN, client_timeout=3)
     assert refused.value.status() == "StatusCode.DEADLINE_EXCEEDED"
     assert noted(calls, "CANCELLED") and client.infer("any", [sent("x", np.array([1.0]))], headers=TOKEN).as_numpy("prediction").tolist() == [[1.0]]
 
@@ -356,13 +357,20 @@ def test_tls(certificates):
 
 
 def test_stopping_lets_calls_finish():
+    began = asyncio.Event()
+
+    class Told(Shelf):
+        async def predict(self, *args, **more):
+            began.set()
+            return await super().predict(*args, **more)
+
     async def scene():
-        answering = await grpc_server(Shelf(), GRANTS.get)
+        answering = await grpc_server(Told(), GRANTS.get)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{answering.port}") as channel:
             request = request_with()
             request.parameters["sleep_s"].double_param = 0.5
             asked = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(request.SerializeToString(), metadata=tuple(TOKEN.items()), timeout=WAIT_S)
-            await asyncio.sleep(0.2)
+            await asyncio.wait_for(began.wait(), WAIT_S)
             await answering.stop(WAIT_S)
             return await asked.code()
 
@@ -534,6 +542,34 @@ def test_the_servers_own_endpoint_and_tokens(tmp_path):
             assert refused.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
             with pytest.raises(triton.InferenceServerException, match="compare their columns|the model failed"):
                 client.infer("shelf", [*order()[:2], sent("country", np.array(["RuntimeError", "a"], dtype=object))], headers=headers)
+
+
+def test_why_and_the_best_few(tmp_path):
+    "Through the server's own endpoint; scikit-learn's decision function and probabilities are the reference"
+    import pandas as pd
+    from running import Shelf as Source
+    from sklearn.linear_model import LogisticRegression
+
+    from mlops_nb.serve.endpoint import Endpoint
+    from mlops_nb.serve.plan import planned
+
+    X = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 2)), columns=["pieces", "age, in days"])
+    model = LogisticRegression().fit(X, np.where(X["pieces"] > 0, "yes", "no"))
+    endpoint = Endpoint(Source({"flowers": (model, dict.fromkeys(X.columns, "double"), X.head(2).to_dict("records"))}), lambda: planned("flowers@1"))
+    endpoint.follow()
+    with serving(endpoint) as answering, triton.InferenceServerClient(f"127.0.0.1:{answering.port}") as client:
+        inputs = [sent(name, X[name].head(3).to_numpy()) for name in X]
+        answer = client.infer("flowers", inputs, headers=TOKEN, parameters={"explain": True, "top": 2})
+        assert json.loads(answer.get_output("contributions").parameters["columns"].string_param) == list(X.columns)
+        np.testing.assert_allclose(answer.as_numpy("base") + answer.as_numpy("contributions").sum(axis=1), model.decision_function(X.head(3)))
+        np.testing.assert_allclose(answer.as_numpy("top_probability"), np.sort(model.predict_proba(X.head(3)), axis=1)[:, ::-1])
+        assert answer.as_numpy("top_class")[:, 0].tolist() == answer.as_numpy("prediction").tolist() and answer.as_numpy("explains").tolist() == [b"log-odds of yes"] * 3
+        assert [one.name for one in client.infer("flowers", inputs, headers=TOKEN).get_response().outputs] == ["prediction"]
+        assert [one.name for one in client.get_model_metadata("flowers", headers=TOKEN).outputs] == ["prediction"] and {"explain", "top"} <= set(client.get_server_metadata(TOKEN).extensions)
+        for wrong in ({"explain": "yes"}, {"top": True}, {"top": 0.5}):
+            with pytest.raises(triton.InferenceServerException, match="explain is true or false, and top is a whole number") as refused:
+                client.infer("flowers", inputs, headers=TOKEN, parameters=wrong)
+            assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
 def test_the_pure_functions_agree_with_the_wire():

@@ -207,7 +207,7 @@ def test_metadata():
     endpoint = SimpleNamespace(models=["shelf", "till"], stuck=False, served=lambda name: SimpleNamespace(name=name, version="1"))
     assert ready(endpoint) == {"ready": True} and [one["name"] for one in repository_index(endpoint)] == ["shelf", "till"]
     assert ready(SimpleNamespace(models=[], stuck=False)) == ready(SimpleNamespace(models=["shelf"], stuck=True)) == {"ready": False}
-    assert server_metadata()["extensions"] == ["binary_tensor_data"]
+    assert server_metadata()["extensions"] == ["binary_tensor_data", "explain", "top"]
 
 
 TOKEN = {"Authorization": "Bearer a-token-for-tests"}  # Triton's client writes into the headers it is given, so it gets a copy
@@ -318,6 +318,100 @@ def test_a_compressed_request_is_answered_or_refused_in_words(client, compressio
         assert client.infer("shelf", order(), headers=dict(TOKEN), request_compression_algorithm=compression).as_numpy("total").tolist() == [0.5, 2.5]
     except triton.InferenceServerException as refused:
         assert refused.status() in ("400", "415") and len(refused.message()) > 20
+
+
+FLOWERS = pd.DataFrame(np.random.default_rng(0).normal(size=(150, 3)), columns=["pieces", "unit price", "age, in days"])
+KIND = np.digitize(FLOWERS["pieces"] + FLOWERS["unit price"], [-0.5, 0.5])
+
+
+@pytest.fixture(scope="module")
+def explaining():
+    "A classifier of three classes, the recommender, and a model with nothing to say, on a free port."
+    from running import running
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsRegressor
+
+    from mlops_nb.model.recommender import Recommender
+
+    one = np.random.default_rng(3)
+    purchases = pd.DataFrame({"user": one.integers(0, 60, 4000), "item": one.integers(0, 40, 4000) ** 2 // 40, "time": pd.Timestamp("2024-01-01") + pd.to_timedelta(one.integers(0, 200, 4000), "D")})
+    models = {"flowers": (LogisticRegression().fit(FLOWERS, KIND), dict.fromkeys(FLOWERS.columns, "double"), FLOWERS.head(2).to_dict("records")),
+              "shop": (Recommender(n_windows=2, max_iter=10).fit(purchases), {"user": "long"}, [{"user": 5}]),
+              "mute": (KNeighborsRegressor().fit(FLOWERS, KIND), dict.fromkeys(FLOWERS.columns, "double"), [])}
+    with running(models) as address, triton.InferenceServerClient(address.removeprefix("http://"), network_timeout=WAIT_S, connection_timeout=WAIT_S) as client:
+        yield client, models
+
+
+def flowers(n, binary=True):
+    return [sent(name, FLOWERS[name].head(n).to_numpy(), binary) for name in FLOWERS]
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_a_request_may_ask_why(explaining, binary):
+    "base + contributions = scikit-learn's decision function, of the class that is predicted"
+    client, models = explaining
+    model, headers = models["flowers"][0], {"Authorization": "Bearer a-token-for-tests"}
+    outputs = [triton.InferRequestedOutput(name, binary_data=binary) for name in ("prediction", "contributions", "base", "explains")]
+    answer = client.infer("flowers", flowers(4, binary), outputs=outputs, headers=dict(headers), parameters={"explain": True})
+    contributions, base, predicted = answer.as_numpy("contributions"), answer.as_numpy("base"), answer.as_numpy("prediction")
+    assert contributions.shape == (4, 3) and contributions.dtype == base.dtype == np.float64 and base.shape == (4,)
+    assert orjson.loads(answer.get_output("contributions")["parameters"]["columns"]) == list(FLOWERS.columns)
+    np.testing.assert_allclose(base + contributions.sum(axis=1), model.decision_function(FLOWERS.head(4)).max(axis=1))
+    assert predicted.tolist() == model.predict(FLOWERS.head(4)).tolist()
+    assert [one.decode() if isinstance(one, bytes) else one for one in answer.as_numpy("explains")] == [f"log-odds of {one}" for one in predicted]
+
+
+def test_a_request_may_ask_for_the_best_few(explaining):
+    client, models = explaining
+    model, headers = models["flowers"][0], {"Authorization": "Bearer a-token-for-tests"}
+    chances = np.sort(model.predict_proba(FLOWERS.head(5)), axis=1)[:, ::-1]
+    answer = client.infer("flowers", flowers(5), headers=dict(headers), parameters={"top": 2, "explain": True})
+    assert [one["name"] for one in answer.get_response()["outputs"]] == ["prediction", "top_class", "top_probability", "contributions", "base", "explains"]
+    np.testing.assert_allclose(answer.as_numpy("top_probability"), chances[:, :2])
+    assert answer.as_numpy("top_class")[:, 0].tolist() == answer.as_numpy("prediction").tolist() == model.predict(FLOWERS.head(5)).tolist()
+    plain = client.infer("flowers", flowers(5), headers=dict(headers), parameters={"top": 0, "explain": False})
+    assert [one["name"] for one in plain.get_response()["outputs"]] == ["prediction"]
+
+
+def test_each_item_of_a_ranking_is_explained(explaining):
+    client, models = explaining
+    asked_for = [sent("user", np.array([5, 999_999, 7]))]  # 999999 never bought anything
+    answer = client.infer("shop", asked_for, headers={"Authorization": "Bearer a-token-for-tests"}, parameters={"top": 4, "explain": True})
+    contributions, base, items, scores = (answer.as_numpy(name) for name in ("contributions", "base", "top_item", "top_score"))
+    columns = orjson.loads(answer.get_output("contributions")["parameters"]["columns"])
+    assert items.shape == scores.shape == base.shape == (3, 4) and contributions.shape == (3, 4, len(columns))
+    assert items[0].tolist() == answer.as_numpy("prediction")[0].tolist() == list(models["shop"][0].predict(pd.DataFrame({"user": [5]}), k=4)[0])
+    np.testing.assert_allclose(1 / (1 + np.exp(-(base + np.nansum(contributions, axis=2))))[[0, 2]], scores[[0, 2]], atol=1e-6)  # the classifier's log-odds are those of the score
+    assert np.isnan(base[1]).all() and np.isnan(contributions[1]).all()
+
+
+ODD = [("mute", {"explain": True}, "422", "KNeighborsRegressor has no exact explanation"), ("mute", {"top": 2}, "422", "gives no probabilities"), ("flowers", {"explain": "yes"}, "400", "explain is true or false"),
+       ("flowers", {"explain": 1}, "400", "explain is true or false"), ("flowers", {"top": True}, "400", "top is a whole number"), ("flowers", {"top": 2.5}, "400", "top is a whole number"),
+       ("flowers", {"top": -1}, "422", "from 1 to 100"), ("flowers", {"top": 10**12}, "422", "from 1 to 100"), ("flowers", {"explained": True}, "422", "takes no param 'explained'")]
+
+
+@pytest.mark.parametrize("model, parameters, status, words", ODD, ids=[str(parameters) for _, parameters, *_ in ODD])
+def test_what_cannot_be_explained_or_asked_for_gets_a_sentence(explaining, model, parameters, status, words):
+    with pytest.raises(triton.InferenceServerException, match=words) as refused:
+        explaining[0].infer(model, flowers(2), headers={"Authorization": "Bearer a-token-for-tests"}, parameters=parameters)
+    assert refused.value.status() == status
+
+
+def test_only_so_many_rows_are_explained_and_metadata_says_who_can(explaining):
+    client, headers = explaining[0], {"Authorization": "Bearer a-token-for-tests"}
+    with pytest.raises(triton.InferenceServerException, match="101 rows to explain; expected at most 100"):
+        client.infer("flowers", flowers(101), headers=dict(headers), parameters={"explain": True})
+    with pytest.raises(triton.InferenceServerException, match="no output 'contributions'"):
+        client.infer("flowers", flowers(2), outputs=[triton.InferRequestedOutput("contributions")], headers=dict(headers))
+    takes = {name: client.get_model_metadata(name, headers=dict(headers))["parameters"] for name in ("flowers", "shop", "mute")}
+    assert takes == {"flowers": {"explain": True, "top": True}, "shop": {"explain": True, "top": True}, "mute": {"explain": False, "top": False}}
+    assert [one["name"] for one in client.get_model_metadata("flowers", headers=dict(headers))["outputs"]] == ["prediction"]
+
+
+def test_an_output_of_the_model_is_never_replaced():
+    answers = [{"prediction": {"base": 1.0}, "explanation": {"explains": "prediction", "base": 0.5, "contributions": {"x": 0.5}, "output": 1.0}}]
+    with pytest.raises(Invalid, match="own outputs have names that explain or top use"):
+        said(answers, Infer(Table(None, [], {}), explain=True))
 
 
 KSERVE = """

@@ -5,6 +5,7 @@
 # %% ../../nbs/serve/explain.ipynb #43764624
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from mlops_nb.serve.inputs import Column
 
 # %% auto #0
-__all__ = ['LINEAR', 'origins', 'LinearModel', 'is_linear', 'Explainer', 'why_not', 'explainer']
+__all__ = ['LINEAR', 'origins', 'LinearModel', 'is_linear', 'is_booster', 'BoosterModel', 'Explainer', 'why_not', 'explainer']
 
 # %% ../../nbs/serve/explain.ipynb #fad3ea53
 def by_names(step: object, n: int) -> list[int]:
@@ -109,6 +110,76 @@ def is_linear(
     ours = type(model).__module__.startswith("sklearn.linear_model") or type(model).__name__ in LINEAR
     return ours and hasattr(model, "coef_") and hasattr(model, "intercept_")
 
+# %% ../../nbs/serve/explain.ipynb #5e2ab281
+LOG_ODDS = ("binary", "multi", "cross_entropy", "xentropy", "softmax", "ova", "reg:logistic")
+LOGS = ("poisson", "gamma", "tweedie", "count:poisson", "reg:gamma", "reg:tweedie", "survival:cox", "survival:aft")
+
+
+def dense(X: object) -> object:
+    return X.toarray() if hasattr(X, "toarray") else X
+
+
+def scale_of_booster(model: object) -> str:
+    "In what the raw output of a model of XGBoost or LightGBM is counted."
+    objective = getattr(model, "objective_", None) or model.objective or ""
+    if callable(objective) or objective == "binary:hinge" or "Rank" in type(model).__name__ or model.get_params().get("reg_sqrt"):
+        return "score"
+    if objective.startswith(LOG_ODDS):
+        return "log-odds" if hasattr(model, "classes_") else "log-odds of the prediction"
+    return "log of the prediction" if objective in LOGS else "score" if hasattr(model, "classes_") else "prediction"
+
+
+def numbers_of(model: object) -> int:
+    "How many numbers a row a model of XGBoost or LightGBM predicts; a class is one."
+    if hasattr(model, "booster_"):
+        return 1 if hasattr(model, "classes_") else model.booster_.num_model_per_iteration()
+    size = json.loads(model.get_booster().save_config())["learner"]["learner_model_param"]
+    return int(size["num_target"]) if hasattr(model, "classes_") else max(1, int(size["num_target"]), int(size["num_class"]))
+
+# %% ../../nbs/serve/explain.ipynb #5067f2df
+def is_booster(
+    model: object,  # a fitted estimator
+) -> bool:
+    "Whether it is one of XGBoost's or LightGBM's, in the classes that work like scikit-learn's; neither is imported."
+    return f"{type(model).__module__}.{type(model).__name__}".startswith(("xgboost.sklearn.XGB", "lightgbm.sklearn.LGBM"))
+
+
+class BoosterModel:
+    "A fitted model of XGBoost or LightGBM, ready to explain rows by its own TreeSHAP."
+
+    def __init__(
+        self,
+        model: object,  # a fitted estimator that `is_booster`
+    ):
+        import numpy as np
+
+        self.model = model
+        self.base = self.shares(np.full((1, model.n_features_in_), np.nan))[0, :, -1]
+
+    def shares(self, X: object) -> np.ndarray:
+        "(rows, outputs, features and the base)."
+        import numpy as np
+
+        if hasattr(self.model, "booster_"):
+            found = self.model.booster_.predict(dense(X), pred_contrib=True)
+        else:
+            from xgboost import DMatrix
+
+            booster, best = self.model.get_booster(), getattr(self.model, "best_iteration", None)
+            kept = {} if hasattr(X, "columns") else {"feature_names": booster.feature_names, "feature_types": booster.feature_types}
+            asked = DMatrix(X, missing=self.model.missing, enable_categorical=True, **kept)
+            found = booster.predict(asked, pred_contribs=True, iteration_range=(0, 0 if best is None else best + 1))
+        return np.asarray(found, float).reshape(X.shape[0], -1, self.model.n_features_in_ + 1)
+
+    def explain(
+        self,
+        X: object,  # rows of the model's inputs
+        outputs: np.ndarray | None = None,  # which output of each row; the first by default
+    ) -> np.ndarray:  # (rows, features)
+        "The contributions of each feature to one output of each row."
+        found = self.shares(X)
+        return found[range(len(found)), [0] * len(found) if outputs is None else outputs, :-1]
+
 # %% ../../nbs/serve/explain.ipynb #905ecb3d
 LOG = ("PoissonRegressor", "GammaRegressor")
 
@@ -116,6 +187,8 @@ LOG = ("PoissonRegressor", "GammaRegressor")
 def scale_of(model: object) -> str:
     "In what the raw output of a model is counted."
     kind, loss = type(model).__name__, getattr(model, "loss", "")
+    if is_booster(model):
+        return scale_of_booster(model)
     if hasattr(model, "classes_"):
         return ("probability" if kind.startswith(("RandomForest", "ExtraTree", "DecisionTree")) else
                 "log-odds" if kind.startswith("LogisticRegression") or loss == "log_loss" else "score")
@@ -124,7 +197,10 @@ def scale_of(model: object) -> str:
 
 def raw_outputs(model: object, X: object) -> np.ndarray:
     "(rows, outputs): what the contributions add up to."
-    raw = model.predict_proba(X) if scale_of(model) == "probability" else model.decision_function(X)
+    if is_booster(model):
+        raw = model.predict(X, **{"raw_score" if hasattr(model, "booster_") else "output_margin": True})
+    else:
+        raw = model.predict_proba(X) if scale_of(model) == "probability" else model.decision_function(X)
     return raw.reshape(len(raw), -1)
 
 # %% ../../nbs/serve/explain.ipynb #d5bf1aa9
@@ -144,17 +220,13 @@ def opened(estimator: object) -> tuple[list, object]:
         else:
             return steps, estimator
 
-
-def dense(X: object) -> object:
-    return X.toarray() if hasattr(X, "toarray") else X
-
 # %% ../../nbs/serve/explain.ipynb #423c41fb
 def explained_outputs(explainer: Explainer, X: object) -> np.ndarray:
     "Which raw output of each row is explained: that of the second class of two, or of the predicted one."
     import numpy as np
 
     n = len(explainer.model.base)
-    return np.full(len(X), n - 1) if n <= 2 else raw_outputs(explainer.final, X).argmax(axis=1)
+    return np.full(X.shape[0], n - 1) if n <= 2 else raw_outputs(explainer.final, X).argmax(axis=1)
 
 
 def label_of(explainer: Explainer, output: int) -> str:
@@ -168,13 +240,18 @@ def followed(estimator: object, columns: Iterable[Column] = ()) -> tuple[list, o
     from mlops_nb.serve.trees import is_tree
 
     steps, final = opened(estimator)
-    if not is_tree(final) and not is_linear(final):
-        raise Invalid(f"a {type(final).__name__} has no exact explanation; linear models, decision trees, forests and gradient boosting of scikit-learn have.")
-    numbers = getattr(final, "n_outputs_", None) or (len(final.coef_) if is_linear(final) and len(final.coef_.shape) > 1 else 1)
-    if numbers > 1 and not hasattr(final, "classes_"):
+    booster = is_booster(final)
+    if not is_tree(final) and not is_linear(final) and not booster:
+        raise Invalid(f"a {type(final).__name__} has no exact explanation; linear models, decision trees, forests and gradient boosting of scikit-learn, XGBoost and LightGBM have.")
+    if booster and any(final.get_params().get(name) for name in ("linear_tree", "linear_trees")):
+        raise Invalid(f"this {type(final).__name__} has linear models in its leaves, for which LightGBM has no exact explanation; train it without linear_tree.")
+    numbers = numbers_of(final) if booster else getattr(final, "n_outputs_", None) or (len(final.coef_) if is_linear(final) and len(final.coef_.shape) > 1 else 1)
+    if numbers > 1 and (booster or not hasattr(final, "classes_")):
         raise Invalid(f"this {type(final).__name__} predicts {numbers} numbers a row; only one at a time can be explained.")
-    first = steps[0] if steps else final
-    names = [str(name) for name in getattr(first, "feature_names_in_", [column.name for column in columns] or range(first.n_features_in_))]
+    first, known = steps[0] if steps else final, [column.name for column in columns]
+    names = [str(name) for name in getattr(first, "feature_names_in_", known or range(first.n_features_in_))]
+    if first is final and booster and len(known) == len(names):  # LightGBM counts columns, and keeps their names with other signs
+        names = known
     found = list(range(len(names)))
     for step in steps:
         found = [found[i] for i in origins(step, len(found))]
@@ -197,8 +274,8 @@ class Explainer:
         self.steps, self.final, self.names, self.origins = followed(estimator, columns)
         self.named = hasattr(self.steps[0] if self.steps else self.final, "feature_names_in_")
         self.classes = list(getattr(self.final, "classes_", ()))
-        if is_tree(self.final):
-            self.model = TreeModel(self.final)
+        if is_tree(self.final) or is_booster(self.final):
+            self.model = TreeModel(self.final) if is_tree(self.final) else BoosterModel(self.final)
         else:
             self.model = LinearModel(self.final, None if reference is None else np.asarray(self.seen(reference), dtype=float).mean(axis=0))
 
@@ -219,10 +296,14 @@ class Explainer:
 
     def seen(self, rows: pd.DataFrame) -> object:
         "The rows as the model at the end sees them."
-        X = rows[self.names] if self.named else rows.to_numpy()
+        booster = is_booster(self.final)
+        if booster and not self.steps:
+            X = rows[self.names] if set(self.names) <= set(rows.columns) else rows
+        else:
+            X = rows[self.names] if self.named else rows.to_numpy()
         for step in self.steps:
-            X = dense(step.transform(X))
-        return X
+            X = step.transform(X)
+        return X if booster else dense(X)  # to XGBoost what a sparse row leaves out is missing, not zero
 
 # %% ../../nbs/serve/explain.ipynb #07f94be3
 def why_not(

@@ -24,7 +24,7 @@ from mlops_nb.serve import openinference
 from mlops_nb.serve.access import Forbidden, Unauthenticated
 from mlops_nb.serve.batching import Busy, Late
 from mlops_nb.serve.logs import request_id
-from mlops_nb.serve.openinference import Infer, Tensor, chosen, from_binary, from_json, packed, table_of, tensors_of
+from mlops_nb.serve.openinference import Infer, Tensor, chosen, from_binary, from_json, packed, table_of
 from mlops_nb.serve.protocol import Malformed, Table, TooLarge
 
 if TYPE_CHECKING:
@@ -133,9 +133,9 @@ def parse_request(
     for one in (*request.inputs, *request.outputs):
         openinference.named_object({"name": one.name, "parameters": plain(one.parameters)}, "tensors")
     tensors = [from_binary(one.name, one.datatype, list(one.shape), raw=raw[i]) if raw else from_contents(one) for i, one in enumerate(request.inputs)]
-    params = {name: value for name, value in plain(request.parameters).items() if name not in openinference.PASSED_OVER}
+    params, wishes = openinference.wished(plain(request.parameters))
     table = table_of(tensors, params, columns=columns(request.model_name, request.model_version))
-    return Infer(table, request.id, dict.fromkeys((one.name for one in request.outputs), bool(raw)), bool(raw), request.model_name, request.model_version)
+    return Infer(table, request.id, dict.fromkeys((one.name for one in request.outputs), bool(raw)), bool(raw), request.model_name, request.model_version, **wishes)
 
 # %% ../../nbs/serve/grpc.ipynb #ad36f60b
 def infer_response(
@@ -145,8 +145,10 @@ def infer_response(
     "A ModelInferResponse, ready to be sent."
     name, _, version = answer.model.partition("@")
     response = messages()["ModelInferResponse"](model_name=name, model_version=version, id=infer.id or answer.request)
-    for tensor in chosen(tensors_of(answer.answers), list(infer.outputs)):
+    for tensor in chosen(openinference.outputs_of(infer, answer.answers), list(infer.outputs)):
         one = response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        for name, value in tensor.parameters.items():
+            one.parameters[name].string_param = value
         if infer.binary:
             response.raw_output_contents.append(packed(tensor))
         else:
@@ -177,7 +179,7 @@ LOOKS = {"ServerLive": lambda endpoint, request: openinference.live(),
          "ServerReady": lambda endpoint, request: openinference.ready(endpoint),
          "ModelReady": lambda endpoint, request: {"ready": openinference.model_ready(model_of(endpoint, request))["ready"]},
          "ServerMetadata": lambda endpoint, request: openinference.server_metadata(),
-         "ModelMetadata": lambda endpoint, request: openinference.model_metadata(model_of(endpoint, request)),
+         "ModelMetadata": lambda endpoint, request: {name: said for name, said in openinference.model_metadata(model_of(endpoint, request)).items() if name != "parameters"},
          "RepositoryIndex": lambda endpoint, request: {"models": openinference.repository_index(endpoint)}}
 
 
@@ -262,7 +264,7 @@ class Service:
 
         table = await self.endpoint.parsed(parse, body)
         infer, facts["rows"] = asked[0], len(table)
-        answer = await self.endpoint.predict(table, model=infer.model, version=infer.version, key=key, request=facts["request"])
+        answer = await self.endpoint.predict(table, model=infer.model, version=infer.version, key=key, request=facts["request"], explain=infer.explain, top=infer.top)
         facts["model"] = answer.model
         return infer_response(infer, answer)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mlops_nb.core.errors import Invalid, known
+from mlops_nb.serve import explain, topk
 from mlops_nb.serve.inputs import GOT, Column
 from mlops_nb.serve.protocol import Malformed, Table, decoded, encoded
 
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
     from mlops_nb.serve.endpoint import Answer, Endpoint, Served
 
 # %% auto #0
-__all__ = ['DATATYPES', 'PASSED_OVER', 'OUTPUT', 'Tensor', 'counted', 'from_binary', 'from_json', 'table_of', 'Infer',
+__all__ = ['DATATYPES', 'OUTPUT', 'PASSED_OVER', 'Tensor', 'counted', 'from_binary', 'from_json', 'table_of', 'Infer',
            'named_object', 'parse_infer', 'tensors_of', 'chosen', 'packed', 'infer_answer', 'server_metadata',
            'model_metadata', 'live', 'ready', 'model_ready', 'repository_index']
 
 # %% ../../nbs/serve/openinference.ipynb #ff01438e
 DATATYPES = {"BOOL": "|b1", "UINT8": "|u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "|i1", "INT16": "<i2", "INT32": "<i4", "INT64": "<i8",
              "FP16": "<f2", "BF16": "<u2", "FP32": "<f4", "FP64": "<f8", "BYTES": ""}
+OUTPUT = "prediction"  # what answers without names are called
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Tensor:
     datatype: str
     shape: tuple[int, ...]
     values: list
+    parameters: Mapping = field(default_factory=dict)
 
 # %% ../../nbs/serve/openinference.ipynb #79b81a04
 def counted(
@@ -171,6 +174,8 @@ class Infer:
     binary: bool = False
     model: str = ""
     version: str = ""
+    explain: bool = False
+    top: int = 0
 
 
 def named_object(value: object, what: str) -> Mapping:
@@ -182,6 +187,14 @@ def named_object(value: object, what: str) -> Mapping:
     return value
 
 # %% ../../nbs/serve/openinference.ipynb #57e17ac1
+def wished(parameters: Mapping) -> tuple[dict, dict]:
+    "What a request asks of predict, and what it asks of us."
+    wishes = {"explain": parameters.get("explain", False), "top": parameters.get("top", 0)}
+    if type(wishes["explain"]) is not bool or type(wishes["top"]) is not int:
+        raise Malformed("a parameter of the request is not as expected: explain is true or false, and top is a whole number, such as 3.")
+    return {name: value for name, value in parameters.items() if name not in {*PASSED_OVER, *wishes}}, wishes
+
+
 def entries(content: Mapping, key: str) -> list:
     if not isinstance(found := content.get(key) or [], list):
         raise Malformed(f"{key} of the request is {GOT.get(type(found), 'something')}; expected a list of objects.")
@@ -236,8 +249,8 @@ def parse_infer(
     parameters = content.get("parameters") or {}
     binary = parameters.get("binary_data_output") is True
     outputs = {one["name"]: (one.get("parameters") or {}).get("binary_data", binary) is True for one in entries(content, "outputs")}
-    params = {name: value for name, value in parameters.items() if name not in PASSED_OVER}
-    return Infer(table_of(tensors, params, columns=columns), content.get("id", ""), outputs, binary)
+    params, wishes = wished(parameters)
+    return Infer(table_of(tensors, params, columns=columns), content.get("id", ""), outputs, binary, **wishes)
 
 # %% ../../nbs/serve/openinference.ipynb #bac7cf26
 def typed(values: list) -> tuple[str, list]:
@@ -261,9 +274,6 @@ def tensor_of(name: str, values: list) -> Tensor:
     return Tensor(name, *(lambda datatype, typed: (datatype, shape, typed))(*typed(values)))
 
 # %% ../../nbs/serve/openinference.ipynb #e1e7ead2
-OUTPUT = "prediction"
-
-
 def tensors_of(
     answers: list,  # one JSON-ready answer a row
 ) -> list[Tensor]:
@@ -275,6 +285,26 @@ def tensors_of(
         return [tensor_of(str(name), [[item.get(name) for item in one] for one in answers]) for name in names]
     return [tensor_of(OUTPUT, answers)]
 
+# %% ../../nbs/serve/openinference.ipynb #42ad32eb
+def reasons(answers: list[dict]) -> list[Tensor]:
+    "The explanations of all rows; NaN where an item has none."
+    listed, ranked = [one["explanation"].get("items", [one["explanation"]]) for one in answers], "items" in answers[0]["explanation"]
+    width = max(len(one["prediction"]) if ranked else 1 for one in answers)
+    cells = [item for items in listed for item in (*items, *[{}] * (width - len(items)))]
+    names, shape = list(dict.fromkeys(name for item in cells for name in item.get("contributions", ()))), (len(answers), width)[:1 + ranked]
+    shares = [item.get("contributions", {}).get(name, math.nan) for item in cells for name in names]
+    return [Tensor("contributions", "FP64", (*shape, len(names)), shares, {"columns": encoded(names).decode()}), Tensor("base", "FP64", shape, [item.get("base", math.nan) for item in cells]),
+            Tensor("explains", "BYTES", (len(answers),), [one["explanation"]["explains"] for one in answers])]
+
+
+def outputs_of(infer: Infer, answers: list) -> list[Tensor]:
+    "All outputs: the predictions, and what the request asked for beside them."
+    if not infer.explain and not infer.top:
+        return tensors_of(answers)
+    lists = [one.get("top", []) for one in answers]
+    best = [tensor_of(f"top_{name}", [[item.get(name) for item in one] for one in lists]) for name in dict.fromkeys(name for one in lists for item in one for name in item)]
+    return [*tensors_of([one["prediction"] for one in answers]), *best, *(reasons(answers) if infer.explain else ())]
+
 # %% ../../nbs/serve/openinference.ipynb #488f9768
 def chosen(
     tensors: Sequence[Tensor],  # all outputs
@@ -282,6 +312,8 @@ def chosen(
 ) -> list[Tensor]:
     "The outputs that were asked for; `Invalid` names those there are."
     there = {tensor.name: tensor for tensor in tensors}
+    if len(there) < len(tensors):
+        raise Invalid("the model's own outputs have names that explain or top use, too; ask without them, or ask /predict.")
     for name in names:
         if name not in there:
             raise Invalid(f"the model gives no output {name[:40]!r}; {known(name[:40], there)}")
@@ -304,13 +336,12 @@ def infer_answer(
     "The body of a V2 answer; with bytes in it, its type is application/octet-stream and its header Inference-Header-Content-Length."
     name, _, version = answer.model.partition("@")
     outputs, blobs = [], []
-    for tensor in chosen(tensors_of(answer.answers), list(infer.outputs)):
-        one = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+    for tensor in chosen(outputs_of(infer, answer.answers), list(infer.outputs)):
+        about, said = dict(tensor.parameters), {"data": tensor.values}
         if infer.outputs.get(tensor.name, infer.binary):
             blobs.append(packed(tensor))
-            outputs.append(one | {"parameters": {"binary_data_size": len(blobs[-1])}})
-        else:
-            outputs.append(one | {"data": tensor.values})
+            about, said = {**about, "binary_data_size": len(blobs[-1])}, {}
+        outputs.append({"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape), **({"parameters": about} if about else {}), **said})
     header = encoded({"model_name": name, "model_version": version, "id": infer.id or answer.request, "outputs": outputs})
     return (b"".join((header, *blobs)), len(header)) if blobs else (header, None)
 
@@ -328,17 +359,18 @@ def server_metadata() -> dict:
     "GET /v2."
     from mlops_nb import __version__
 
-    return {"name": "mlops_nb", "version": __version__, "extensions": ["binary_tensor_data"]}
+    return {"name": "mlops_nb", "version": __version__, "extensions": ["binary_tensor_data", "explain", "top"]}
 
 
 def model_metadata(
     served: Served,  # a version; its `answers`, if any, are what it said about its example
 ) -> dict:
-    "GET /v2/models/{name}: names, datatypes and shapes; -1 stands for the number of rows."
+    "GET /v2/models/{name}: names, datatypes and shapes, where -1 stands for the number of rows; and whether it takes the parameters explain and top."
     inputs = [described(column.name, WORD.get(column.dtype, KIND.get(column.kind, "BYTES"))) for column in served.columns]
     answers = list(getattr(served, "answers", None) or ())
     outputs = [described(tensor.name, tensor.datatype, *tensor.shape[1:]) for tensor in (tensors_of(answers) if answers else ())]
-    return {"name": served.name, "versions": [str(served.version)], "platform": "python", "inputs": inputs or [described("inputs", "FP64", -1)], "outputs": outputs}
+    takes = {"parameters": {"explain": not explain.why_not(served.estimator), "top": topk.has_top(served.estimator)}} if hasattr(served, "estimator") else {}
+    return {"name": served.name, "versions": [str(served.version)], "platform": "python", "inputs": inputs or [described("inputs", "FP64", -1)], "outputs": outputs, **takes}
 
 # %% ../../nbs/serve/openinference.ipynb #a64cf458
 def live() -> dict:
