@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
@@ -15,29 +16,62 @@ from mlops_nb.deploy.targets import folder_of, record_of, state_of
 from mlops_nb.deploy.tokens import token_of
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx
 
 # %% auto #0
-__all__ = ['http', 'ask', 'bodies', 'refusal', 'said']
+__all__ = ['UNTRUSTED', 'trusting', 'asking', 'http', 'ask', 'bodies', 'refusal', 'said']
+
+# %% ../../nbs/deploy/client.ipynb #7044ee9f
+def trusting(
+    trust: str,  # a file of authorities, or a certificate in PEM form
+) -> ssl.SSLContext:
+    "A context that believes only these; `Invalid` when there is no certificate in them."
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # a server's own certificate is enough
+    try:
+        context.load_verify_locations(**({"cadata": trust} if trust.startswith("-----") else {"cafile": trust}))
+    except OSError as error:  # ssl's errors are of this kind
+        raise Invalid(f"{trust[:200]} holds nobody to trust ({error.strerror or error}); expected a file of certificates in PEM form.") from None
+    return context
+
+
+def asking(
+    tls: Mapping,  # of a record: trust and name; empty for plain HTTP, or the usual authorities
+) -> tuple[httpx.Client, dict]:  # the client, and what it is to say of the server's name
+    "Who asks a server with this certificate."
+    if not (trust := tls.get("trust", "")):
+        return http(os.getpid()), {}
+    changed = 0 if trust.startswith("-----") or not os.path.exists(trust) else os.stat(trust).st_mtime_ns
+    return http(os.getpid(), trust, changed), {"sni_hostname": tls["name"]}
 
 # %% ../../nbs/deploy/client.ipynb #22749d3b
+UNTRUSTED = re.compile(r"CERTIFICATE_VERIFY_FAILED.*?failed: (.+?)(?: \(_ssl|$)")
+
+
 @cache
-def http(_process: int) -> httpx.Client:
-    "One client a process: opening one costs more than asking."
+def http(_process: int, trust: str = "", _changed: int = 0) -> httpx.Client:
+    "One client a process, and one for each thing to trust: opening one costs more than asking."
     import httpx
 
-    return httpx.Client(trust_env=False, timeout=60)
+    return httpx.Client(trust_env=False, timeout=60, **({"verify": trusting(trust)} if trust else {}))
 
 
-def ask(method: str, url: str, token: str, body: bytes | None = None, request: str = "") -> httpx.Response:
-    "One request with the token, once more when its connection broke; `Unavailable` when nobody answers."
+def ask(method: str, url: str, token: str, body: bytes | None = None, request: str = "", tls: Mapping = {}) -> httpx.Response:
+    "One request with the token, once more when its connection broke; `Unavailable` when nobody answers, or somebody whom we do not trust."
     import httpx
 
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", **({"X-Request-ID": request} if request else {})}
+    client, known = asking(tls)
     for last in (False, True):
         try:
-            return http(os.getpid()).request(method, url, content=body, headers=headers)
+            return client.request(method, url, content=body, headers=headers, extensions=known)
         except httpx.TransportError as error:
+            if why := UNTRUSTED.search(str(error)):
+                raise Unavailable(f"the certificate at {url} is not one that we trust ({why[1]}); after a renewal deploy again, and see that `ca` vouches for it.") from None
             if last or isinstance(error, httpx.TimeoutException):
                 raise Unavailable(f"nobody answers at {url} ({type(error).__name__}).") from None
 
@@ -78,7 +112,7 @@ def said(
     record = record_of(name)
     if (state := state_of(record)) in ("stopped", "died"):
         raise Unavailable(f"deployment {name!r} {'was' if state == 'stopped' else 'has'} {state}; deploy {record['model']} again, or see {folder_of(name) / 'server.log'}.")
-    response = ask(method, record["url"] + path, token_of(name), body)
+    response = ask(method, record["url"] + path, token_of(name), body, tls=record.get("tls") or {})
     if response.status_code != 200:
         raise (Invalid if response.status_code < 500 and response.status_code != 429 else Unavailable)(f"deployment {name!r} refused ({response.status_code}): {refusal(response)}")
     return response.json()

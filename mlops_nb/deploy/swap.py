@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import time
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlops_nb.core.errors import Conflict, Invalid, Unavailable
-from mlops_nb.core.files import read_json
+from mlops_nb.core.files import digest_of, read_json
 from mlops_nb.core.settings import DeploySection, project
-from mlops_nb.deploy.client import ask, refusal, said
+from mlops_nb.deploy.client import ask, refusal, said, trusting
 from mlops_nb.deploy.targets import Change, Wanted, folder_of, state_of
 from mlops_nb.deploy.tokens import opened_by, token_of
 
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     from mlops_nb.serve.plan import Plan
 
 # %% auto #0
-__all__ = ['MADE_UP', 'TARGET', 'port_for', 'example_of', 'tried', 'plan_for', 'copied', 'planned_now', 'facts_of', 'words_of',
-           'differences', 'settings_of', 'Pending', 'forgotten', 'ended', 'order_of', 'started', 'Planned', 'Local']
+__all__ = ['MADE_UP', 'TARGET', 'port_for', 'secured', 'caution', 'reached', 'example_of', 'tried', 'plan_for', 'copied',
+           'planned_now', 'facts_of', 'words_of', 'differences', 'settings_of', 'Pending', 'forgotten', 'ended',
+           'order_of', 'started', 'Planned', 'Local']
 
 # %% ../../nbs/deploy/swap.ipynb #4a9ba8ae
 def port_for(
@@ -63,6 +65,45 @@ def port_for(
                     break
     return listen(host, port)
 
+# %% ../../nbs/deploy/swap.ipynb #a294a922
+def secured(
+    section: DeploySection,  # the settings
+    name: str,  # the deployment
+) -> dict:  # certificate, name and trust, perhaps a warning; empty without a certificate
+    "How our clients check the certificate of a deployment; `Invalid` when it cannot serve, or names no host."
+    from mlops_nb.serve.edge import checked_tls
+
+    if not (section.cert or section.cert_key or section.ca):
+        return {}
+    if not (section.cert and section.cert_key):
+        raise Invalid(f"[deploy.{name}] lacks {'cert_key' if section.cert else 'cert'}; TLS needs the files of a certificate (cert) and of its key (cert_key).")
+    cert, place = project().path(section.cert), project()
+    facts, content = checked_tls(cert, place.path(section.cert_key)), cert.read_bytes()
+    hosts = [one for one in facts["names"] if re.fullmatch(r"[\w.*-]+|[0-9a-fA-F:]+", one)]
+    named = [one for one in hosts if not re.fullmatch(r"[\d.]+|.*:.*", one)]  # rather than by an address
+    known = section.host if section.host in hosts else next(iter([*named, *hosts]), "")
+    if not known:
+        raise Invalid(f"{cert} names no host that a client could check; expected one with subject alternative names, such as DNS:models.shop.example or IP:{section.host}.")
+    own = next(iter(re.findall(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", content.decode(errors="replace"), re.DOTALL)), "")
+    trusting(trust := str(place.path(section.ca)) if section.ca else own)
+    return {"certificate": f"{digest_of(content)[:12]}, until {facts['expires_at'][:10]}", "name": known.replace("*", "mlops", 1), "trust": trust, **({"warning": facts["warning"]} if "warning" in facts else {})}
+
+# %% ../../nbs/deploy/swap.ipynb #b052484c
+def caution(section: DeploySection, tls: Mapping) -> str:
+    "What a person should know about the way to a deployment; empty when there is nothing."
+    if tls:
+        return tls.get("warning", "")
+    if section.host == "localhost" or re.match(r"127\.|::1$", section.host):
+        return ""
+    return f"{section.host} is for other machines, too, and without TLS tokens and data travel in the clear; set cert and cert_key, unless a proxy on this machine does TLS."
+
+
+def reached(section: DeploySection, tls: Mapping, public: socket.socket) -> dict:
+    "Where a deployment answers, for its record."
+    host, port = public.getsockname()[:2]
+    url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+    return {"port": port, "url": url, "tls": {key: value for key, value in tls.items() if key != "warning"}, "note": caution(section, tls)}
+
 # %% ../../nbs/deploy/swap.ipynb #2829d990
 MADE_UP = {"integer": 1, "number": 1.0, "string": "", "boolean": True, "datetime": "2000-01-01T00:00:00"}
 
@@ -79,15 +120,15 @@ def example_of(found: Model) -> tuple[dict | None, bool]:
     return {"dataframe_split": {"columns": [column.name for column in columns], "data": [[MADE_UP[column.kind] for column in columns]]}}, False
 
 
-def tried(candidate: Candidate, found: Model, token: str, trial: str, *, timeout_s: float = 120) -> None:
+def tried(candidate: Candidate, found: Model, token: str, trial: str, *, tls: Mapping = {}, timeout_s: float = 120) -> None:
     "`Unavailable` unless the candidate is healthy and answers."
     from mlops_nb.serve.protocol import encoded
 
-    url = f"http://127.0.0.1:{candidate.hear(timeout_s)['port']}"
-    if (health := ask("GET", f"{url}/health", token)).status_code != 200:
+    url = f"http{'s' if tls else ''}://127.0.0.1:{candidate.hear(timeout_s)['port']}"
+    if (health := ask("GET", f"{url}/health", token, tls=tls)).status_code != 200:
         raise Unavailable(f"its health check answered {health.status_code}; its log is {candidate.log}")
     body, real = example_of(found)
-    response = ask("POST", f"{url}/invocations", token, encoded(body), request=trial) if body else None
+    response = ask("POST", f"{url}/invocations", token, encoded(body), request=trial, tls=tls) if body else None
     if response is not None and (response.status_code >= 500 or real and response.status_code != 200):
         raise Unavailable(f"a prediction to try it answered {response.status_code} ({refusal(response)}); its log is {candidate.log}")
 
@@ -130,10 +171,11 @@ def words_of(split: Mapping[str, float]) -> str:
     return ", ".join(f"{selector} {percent:g}%" for selector, percent in sorted(split.items()))
 
 
-def differences(wanted: Wanted, before: Mapping, now: Mapping) -> list[str]:
+def differences(wanted: Wanted, before: Mapping, now: Mapping, tls: Mapping = {}) -> list[str]:
     "What is not yet as it is wanted, old -> new."
     pairs = [("traffic", words_of(now["traffic"]), words_of(wanted.split)), ("shadow", now["shadow"], wanted.shadow), ("workers", before["replicas"], wanted.replicas),
-             ("host", before["host"], wanted.section.host), ("port", before["port"], wanted.port or before["port"])]
+             ("host", before["host"], wanted.section.host), ("port", before["port"], wanted.port or before["port"]),
+             ("certificate", (before.get("tls") or {}).get("certificate"), tls.get("certificate"))]
     if len(wanted.split) == 1:
         pairs.insert(0, ("model", now["answers"], wanted.found.address))
     asked = [] if before.get("settings", settings_of(wanted)) == settings_of(wanted) else [f"settings of [deploy.{wanted.name}]"]
@@ -188,7 +230,8 @@ def order_of(name: str, instance: str, plan: Path, workers: int, tokens: Path, s
     metrics, place = folder_of(name) / "metrics", project()
     metrics.mkdir(parents=True, exist_ok=True)
     rates = {key: getattr(section, key.replace("per_s", "rate_per_s", 1) if key == "per_s" else key) for key in ("per_s", "total_per_s")}
-    bounds = {"rates": rates if any(rates.values()) else None, "cors": [one.strip() for one in section.origins.split(",") if one.strip()], "grpc": section.grpc_port or None, "host": section.host,
+    tls = [str(place.path(file)) for file in (section.cert, section.cert_key)] if section.cert else None
+    bounds = {"tls": tls, "rates": rates if any(rates.values()) else None, "cors": [one.strip() for one in section.origins.split(",") if one.strip()], "grpc": section.grpc_port or None, "host": section.host,
               "collector": section.collector, "access_log": {"path": str(place.path(section.access_log)), "payloads": section.payloads} if section.access_log else None}
     return {**{key: value for key, value in bounds.items() if value}, "project": str(project().folder), "name": name, "instance": instance, "plan": str(plan), "tokens": str(tokens), "workers": workers, "journal": "mlops_nb.deploy.local:remembering",
             "metrics": str(metrics), "trial": f"try-{secrets.token_hex(8)}"}
@@ -201,16 +244,16 @@ def started(
     "A candidate that has been tried and answers at the public address."
     from mlops_nb.deploy.local import say, start
 
-    found, token = wanted.found, token_of(wanted.name)
+    found, token, tls = wanted.found, token_of(wanted.name), secured(wanted.section, wanted.name)
     instance = f"{wanted.name}-{found.version}-{secrets.token_hex(4)}"
     plan = plan_for(wanted, before, instance)
     order = order_of(wanted.name, instance, plan, wanted.replicas, opened_by(wanted.name, token), wanted.section)
     candidate = start(order, log=folder_of(wanted.name) / "server.log", hidden=[key for key, value in os.environ.items() if value == token])
     pending = Pending(candidate, before, plan)
     try:
-        tried(candidate, found, token, order["trial"])
+        tried(candidate, found, token, order["trial"], tls=tls)
         with port_for(before, wanted.section.host, wanted.port or wanted.section.port) as public:
-            host, port = public.getsockname()[:2]
+            place = reached(wanted.section, tls, public)
             say(candidate.line, [public], serve=True)
             candidate.hear(timeout_s=30)
     except BaseException as error:
@@ -219,7 +262,7 @@ def started(
             stays = f"; {before['model']} keeps answering at {before['url']}" if before and state_of(before) == "running" else ""
             raise Unavailable(f"{found.address} was not deployed: {str(error).rstrip('.')}{stays}.") from error
         raise
-    return {"host": wanted.section.host, "port": port, "url": f"http://{f'[{host}]' if ':' in host else host}:{port}", "instance": instance, "pid": candidate.process.pid,
+    return {"host": wanted.section.host, **place, "instance": instance, "pid": candidate.process.pid,
             "created_at": candidate.created_at, "plan": str(plan), "settings": settings_of(wanted), "pending": pending}
 
 # %% ../../nbs/deploy/swap.ipynb #0dae6ef6
@@ -231,12 +274,12 @@ class Planned:
         with open(folder_of(record["name"]) / "server.log", encoding="utf-8", errors="replace") as file:
             return "".join(deque(file, maxlen=max(0, lines)))
 
-    def traffic(self, record: Mapping, split: Mapping[str, float]) -> dict:
-        "Share the requests between versions."
+    def traffic(self, record: Mapping, split: Mapping[str, float], shadow: str | None = None) -> dict:
+        "Share the requests between versions, and choose the shadow with it."
         from mlops_nb.serve import plan
 
         model = record["model"].partition("@")[0]
-        return facts_of(plan.split(record["plan"], model, split, by=record["by"], why=record["why"]), model)
+        return facts_of(plan.split(record["plan"], model, split, shadow=shadow, by=record["by"], why=record["why"]), model)
 
     def shadow(self, record: Mapping, selector: str, percent: float = 100) -> dict:
         "Send a version copies of requests."
@@ -273,13 +316,18 @@ class Local(Planned):
 
     def plan(self, wanted: Wanted, before: Mapping | None) -> list[Change]:
         "What would change; nothing does."
+        tls = secured(wanted.section, wanted.name)
+        return [*self.changes(wanted, before, tls), *([Change("keep", "note", note)] if (note := caution(wanted.section, tls)) else [])]
+
+    def changes(self, wanted: Wanted, before: Mapping | None, tls: Mapping) -> list[Change]:
+        "From what is there to what is wanted."
         what = f"process {wanted.name}"
         if not before or (state := state_of(before)) != "running":
             return [Change("create" if not before else "run", what, f"{'nothing' if not before else state} -> {wanted.found.address}, {wanted.replicas} worker{'s' if wanted.replicas > 1 else ''}")]
         if not (plan := planned_now(before)):
             return [Change("update", what, f"{before['model']} -> {wanted.found.address}")]
         now = {**before, **({"traffic": {}, "shadow": ""} if wanted.found.name not in {one.model for one in plan.models} else facts_of(plan, wanted.found.name)), "answers": self.status(before)["model"]}
-        changed = differences(wanted, before, now)
+        changed = differences(wanted, before, now, tls)
         return [Change("update", what, one) for one in changed] or [Change("keep", what, f"{now['answers']} answers at {before['url']}")]
 
     def apply(self, wanted: Wanted, before: Mapping | None) -> dict:
@@ -292,12 +340,14 @@ class Local(Planned):
         if plan := planned_now(record):
             entry = plan.of(record["model"].partition("@")[0])
             facts |= {"traffic": dict(entry.traffic), "shadow": entry.shadow, "revision": plan.revision}
+        if record.get("tls"):
+            facts["certificate"] = record["tls"]["certificate"]
         if facts["state"] != "running":
             return facts
         try:
             health = said(record["name"], "GET", "/health")
-        except Unavailable:
-            return facts | {"state": "not answering"}
+        except (Unavailable, Invalid) as error:
+            return facts | {"state": "not answering", "problem": str(error)}
         with suppress(OSError, Invalid):
             facts |= read_json(f"{record['plan']}.workers")
         return facts | {key: health[key] for key in ("model", "answered", "log_errors")}

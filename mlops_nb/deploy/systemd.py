@@ -135,21 +135,21 @@ def resumed(
 ) -> int:  # the exit code
     "Serve a deployment as its record says, in this process, until SIGTERM."
     from mlops_nb.deploy.local import Supervisor, created
-    from mlops_nb.deploy.swap import copied, ended, forgotten, order_of, port_for
+    from mlops_nb.deploy.swap import copied, ended, forgotten, order_of, port_for, reached, secured
     from mlops_nb.deploy.tokens import access_file
 
-    supervisor = None
+    supervisor, section = None, project().settings.deploy.get(name, DeploySection())
     try:
         with locked(folder_of(name) / "deploy.lock", timeout_s=300, message=f"a deployment of {name!r} is under way."):
             before = record_of(name)
             if before["stopped_at"] or before["target"] != "local":
                 return NOTHING_TO_DO
-            instance = f"{before['instance'].rpartition('-')[0]}-{secrets.token_hex(4)}"
-            supervisor = Supervisor(order_of(name, instance, copied(before, instance), before.get("replicas", 1), access_file(name), project().settings.deploy.get(name, DeploySection())))
+            tls, instance = secured(section, name), f"{before['instance'].rpartition('-')[0]}-{secrets.token_hex(4)}"
+            supervisor = Supervisor(order_of(name, instance, copied(before, instance), before.get("replicas", 1), access_file(name), section))
             supervisor.tried()
             public = port_for(before, before["host"], before["port"])
             supervisor.answer(public)
-            write_record({**before, "instance": instance, "pid": os.getpid(), "created_at": created(os.getpid()), "plan": supervisor.order["plan"]})
+            write_record({**before, **reached(section, tls, public), "instance": instance, "pid": os.getpid(), "created_at": created(os.getpid()), "plan": supervisor.order["plan"]})
             ended(before)
             forgotten(before["plan"])
         supervisor.run()
