@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -10,22 +9,22 @@ import threading
 import time
 from pathlib import Path
 
-import pandas as pd
+import httpx
 import pytest
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the played engine is a POSIX program")
 
 from mlops_nb.core.errors import Conflict, Invalid, NotFound, Unavailable
 from mlops_nb.core.files import read_json, write_atomic
-from mlops_nb.core.settings import DeploySection, init
+from mlops_nb.core.settings import DeploySection, in_project
 from mlops_nb.deploy.containers import TARGETS
 from mlops_nb.deploy.deployments import deploy, deployment, undeploy
 from mlops_nb.deploy.engine import Container, called, compose_file, composer, engine, in_yaml, run_words
 from mlops_nb.deploy.requirements import our_wheel
 from mlops_nb.deploy.targets import Wanted, artifacts_of, record_of, recorded, write_record
 from mlops_nb.deploy.tokens import token_of
-
-ROWS = pd.DataFrame({"pieces": [2, 30], "price": [1.5, 3.75]})
+from mlops_nb.monitor.predictions import predictions_of
+from test_deploy import ROWS, registered as three, shop as copied  # noqa: F401
 
 PLAYED = r'''#!{python}
 """A container engine, as far as our targets can see: state in a folder, each container a process of its own."""
@@ -158,38 +157,26 @@ else:
 
 
 @pytest.fixture(scope="session")
-def registered(tmp_path_factory):
-    "A project with three versions of a model that answer their own number, and a fourth that asks for other columns."
+def registered(three):
+    "The project of the local deployments' tests, with a champion and a fourth version that asks for other columns."
     from sklearn.dummy import DummyRegressor
 
     from mlops_nb.model.registry import promote, register
 
-    folder = tmp_path_factory.mktemp("template") / "shop"
-    init(str(folder), name="shop")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        for version in (1, 2, 3):
-            register(DummyRegressor(strategy="constant", constant=version).fit(ROWS, [0, 1]), "large", example=ROWS)
-        other = ROWS.assign(weight=1.0)
+    other = ROWS.assign(weight=1.0)
+    with in_project(three):
         register(DummyRegressor(strategy="constant", constant=4).fit(other, [0, 1]), "large", example=other)
         promote("large@1")
-    finally:
-        os.chdir(before)
-    return folder
+    return three
 
 
 @pytest.fixture
-def shop(registered, tmp_path, monkeypatch):
-    folder = tmp_path / "shop"
-    shutil.copytree(registered, folder)
-    monkeypatch.setenv("MLOPS_HOME", str(tmp_path / "home"))
-    for name in ("MLOPS_PROJECT", "MLOPS_TOKEN", "MLOPS_STEP_FOLDER", "MLOPS_PLATFORM", "MLOPS_AUTH"):
+def shop(copied, monkeypatch):
+    for name in ("MLOPS_PLATFORM", "MLOPS_AUTH"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(folder)
     wheel = our_wheel()
     monkeypatch.setattr("mlops_nb.deploy.context.our_wheel", lambda: wheel)  # the package may change while it is developed, and the image's tag with it
-    return folder
+    return copied
 
 
 class Played:
@@ -389,6 +376,69 @@ def test_compose_does_the_same_with_its_file(shop, played):
     assert played.containers == []
 
 
+def until(look, patience_s=60):
+    "What a look finds, once it finds something."
+    latest = time.monotonic() + patience_s
+    while not (found := look()) and time.monotonic() < latest:
+        time.sleep(0.05)
+    return found
+
+
+def asked(one, **headers):
+    return httpx.post(f"{one.url}/invocations", json={"instances": [[2, 1.5]]}, headers={"Authorization": f"Bearer {token_of(one.name)}", **headers}, trust_env=False, timeout=60)
+
+
+@pytest.mark.parametrize("to", ["docker", "compose"])
+def test_what_a_local_deployment_honours_a_container_honours(shop, played, to):
+    with open("settings.ini", "a") as file:
+        file.write("\n[deploy.large]\norigins = https://shop.example, https://www.shop.example\naccess_log = access.jsonl\npayloads = yes\n")
+    one = deploy("large@1", to=to)
+    assert one.predict(ROWS) == [1, 1]
+    origin = lambda page: asked(one, Origin=page).headers.get("access-control-allow-origin")
+    assert origin("https://www.shop.example") == "https://www.shop.example" and origin("https://elsewhere.example") is None
+    line = until(lambda: next((line for line in one.logs(200).splitlines() if line.startswith("{") and "/invocations" in line), ""))
+    assert json.loads(line)["status"] == 200 and json.loads(line)["payload"]["dataframe_split"]["data"] == [[2, 1.5], [30, 3.75]] and token_of("large") not in one.logs(200) and not (shop / "access.jsonl").exists()
+    one.shadow("2")
+    until(lambda: one.predict(ROWS) and predictions_of("large.shadow").days())
+    one.scale(2)  # another container, the same log
+    assert one.predict(ROWS) == [1, 1]
+    one.stop()  # waits for the log of the last answer
+    found, shadows = predictions_of("large").read(), predictions_of("large.shadow").read()
+    assert found.attrs["damaged"] == 0 and set(found["model"]) == {"large@1"} and len(found) >= 8 and set(found["prediction"]) == {1}
+    assert list(found[["pieces", "price"]].iloc[:2].itertuples(index=False, name=None)) == [(2, 1.5), (30, 3.75)]
+    assert set(shadows["model"]) == {"large@2"} and set(shadows["request"]) <= set(found["request"])
+    assert not (artifacts_of("large", to) / "state" / "predictions").exists()
+
+
+def test_a_rate_limit_holds_for_all_workers_and_a_new_one_takes_another_container(shop, played):
+    settings = Path("settings.ini").read_text()
+    Path("settings.ini").write_text(f"{settings}\n[deploy.large]\nrate_per_s = 0.001\nworkers = 2\n")
+    one = deploy("large@1", to="docker")
+    assert [asked(one).status_code for _ in range(4)] == [200, 429, 429, 429] and int(asked(one).headers["retry-after"]) > 500
+    Path("settings.ini").write_text(f"{settings}\n[deploy.large]\nworkers = 2\n")
+    assert "replaced" in str(deploy("large@1", to="docker", dry_run=True))
+    assert [asked(deploy("large@1", to="docker")).status_code for _ in range(2)] == [200, 200] and len(predictions_of("large").read()) >= 1
+    assert [call[call.index("--name") + 1] for call in played.told("run")] == ["mlops-shop-large", "mlops-shop-large-trial", "mlops-shop-large"]
+    assert not [word for word in played.told("run")[1] if "predictions" in word], "a request to try it is no prediction"
+
+
+def test_an_origin_that_is_none_is_said_before_anything_is_touched(shop, played):
+    with open("settings.ini", "a") as file:
+        file.write("\n[deploy.large]\norigins = shop.example\n")
+    with pytest.raises(Invalid, match="the origin 'shop.example' is not one"):
+        deploy("large@1", to="docker")
+    assert played.containers == [] and not played.told("build")
+
+
+def test_a_container_of_an_older_record_is_replaced_and_remembers_from_then_on(shop, played):
+    put_up("large@1")
+    record = record_of("large")
+    older = {key: value for key, value in record["settings"].items() if key not in ("predictions", "variables")}
+    write_record({**record, "settings": older, "signature": "of an older version"})
+    assert deploy("large@1", to="docker").predict(ROWS) == [1, 1] and len(played.told("run")) == 3
+    assert until(lambda: len(predictions_of("large").read()) >= 2)
+
+
 def test_without_an_engine_it_says_what_is_left_to_do(shop, no_engine):
     for to, command in (("docker", "docker run --detach"), ("compose", "docker compose --file")):
         name = f"large-{to}"
@@ -470,7 +520,7 @@ def test_an_env_file_is_given_to_the_engine_and_must_be_there(shop, played):
     assert not list((artifacts_of("large", "docker") / "context").rglob("*.env"))
 
 
-CONTAINER = Container("mlops-large", "mlops-large:1-abc", 8300, Path("place"), workers=2, user="10001:10001")
+CONTAINER = Container("mlops-large", "mlops-large:1-abc", 8300, Path("place"), workers=2, user="10001:10001", predictions="../../predictions/large", variables={"MLOPS_ORIGINS": "https://a.example,https://b.example"})
 
 
 def test_the_compose_file_is_valid_and_hardened(tmp_path):

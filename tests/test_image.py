@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import httpx
@@ -17,9 +18,11 @@ from sklearn.tree import DecisionTreeRegressor
 
 from mlops_nb.core.errors import Conflict, Invalid, NotFound, Untrusted
 from mlops_nb.core.files import digest_of, write_json
+from mlops_nb.core.settings import DeploySection
 from mlops_nb.model.trust import model_bytes
+from mlops_nb.monitor.predictions import PredictionLog
 from mlops_nb.serve import image, workers
-from mlops_nb.serve.image import cores, doors, main, models_of, order_of, workers_of
+from mlops_nb.serve.image import bounds, cores, doors, main, models_of, order_of, remembered, variables_of, workers_of
 from mlops_nb.serve.plan import read_plan
 from mlops_nb.serve.platforms import platform_from
 
@@ -128,6 +131,29 @@ def test_the_order_says_what_the_environment_says(baked, tmp_path):
     assert "MLOPS_TOKEN" not in json.dumps(order) and order["patience_s"] < platform_from(environ).stop_s
 
 
+@pytest.mark.parametrize("section, expected", [
+    ({}, {"rates": None, "cors": [], "access_log": None}),
+    ({"rate_per_s": 0.5, "total_per_s": 1e7}, {"rates": {"per_s": 0.5, "total_per_s": 1e7}}), ({"total_per_s": 1 / 3}, {"rates": {"per_s": 0, "total_per_s": pytest.approx(1 / 3, rel=1e-14)}}),
+    ({"origins": " https://a.example,https://b.example ,"}, {"cors": ["https://a.example", "https://b.example"]}),
+    ({"access_log": "a.jsonl"}, {"access_log": {"path": "-", "payloads": False}}), ({"access_log": "a.jsonl", "payloads": True}, {"access_log": {"path": "-", "payloads": True}}), ({"payloads": True}, {"access_log": None})])
+def test_a_section_of_the_settings_arrives_in_the_order(baked, tmp_path, section, expected):
+    environ = {"MLOPS_MODELS": str(baked), "MLOPS_TOKEN": "t", **variables_of(DeploySection(**section))}
+    order = order_of(platform_from(environ), environ, tmp_path)
+    assert {key: order[key] for key in expected} == expected and "journal" not in order
+
+
+@pytest.mark.parametrize("environ, words", [({"MLOPS_RATE_PER_S": "fast"}, "MLOPS_RATE_PER_S is 'fast'"), ({"MLOPS_TOTAL_PER_S": "-1"}, "MLOPS_TOTAL_PER_S is '-1'"), ({"MLOPS_RATE_PER_S": "inf"}, "or 0 for no limit"), ({"MLOPS_RATE_PER_S": "nan"}, "or 0 for no limit"),
+                                            ({"MLOPS_ORIGINS": "https://a.example/"}, "the origin"), ({"MLOPS_ORIGINS": "*"}, "the origin"), ({"MLOPS_PAYLOADS": "perhaps"}, "expected yes or no")])
+def test_a_bound_that_is_none_is_refused(environ, words):
+    with pytest.raises(Invalid, match=words):
+        bounds(environ)
+
+
+def test_a_log_folder_that_is_not_mounted_is_off_with_a_word(tmp_path, caplog):
+    assert remembered({}) == {} and caplog.text == ""
+    assert remembered({"MLOPS_PREDICTIONS": str(tmp_path / "none")}) == {} and "mount one" in caplog.text
+
+
 def test_a_plan_that_is_given_is_followed(baked, tmp_path):
     environ = {"MLOPS_MODELS": str(baked), "MLOPS_TOKEN": "t", "MLOPS_PLAN": str(tmp_path / "mine.json")}
     with pytest.raises(NotFound, match="no plan"):
@@ -195,9 +221,9 @@ def test_a_taken_port_is_said(baked, caplog):
 
 # -- the real process -----------------------------------------------------------------------------------------------------------------------
 def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    from mlops_nb.deploy.engine import free_port
+
+    return free_port("127.0.0.1")
 
 
 class Container:
@@ -210,7 +236,7 @@ class Container:
             self.process = subprocess.Popen([sys.executable, "-m", "mlops_nb.serve.image", "serve"], stderr=out, stdout=out,
                                             env={**clean, "MLOPS_HOST": "127.0.0.1", "MLOPS_WORKERS": "1", **environ, port_name: str(self.port)})
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=30)
-        for _ in range(600):
+        for _ in range(3000):
             try:
                 if self.client.get(ready).status_code == 200:
                     return
@@ -229,7 +255,7 @@ class Container:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(30)
+            return self.process.wait(120)
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
@@ -251,6 +277,29 @@ def test_docker_run_with_a_token(baked, tmp_path):
         assert one.client.post("/score", json={"input_data": [[1.0]]}, headers={"Authorization": "Bearer secret-token"}).status_code == 404
         assert one.stop() == 0
     assert "secret-token" not in (tmp_path / "log").read_text()
+
+
+@posix
+def test_predictions_are_written_down_and_a_disk_that_takes_none_stops_nothing(baked, tmp_path):
+    log, door = PredictionLog(tmp_path / "predictions"), {"Authorization": "Bearer secret-token"}
+    today = datetime.now(timezone.utc)
+    blocked = [log.folder / f"{today + timedelta(days=one):%Y-%m-%d}.jsonl" for one in (0, 1)]
+    for one in blocked:
+        one.mkdir(parents=True)  # a fault that stops root, too
+    with Container(tmp_path / "log", MLOPS_MODELS=str(baked), MLOPS_TOKEN="secret-token", MLOPS_PREDICTIONS=str(log.folder)) as one:
+        ask = lambda: one.client.post("/invocations", json={"instances": [{"x": 3.0}]}, headers=door).json()
+        lost = lambda: one.client.get("/health", headers=door).json()["log_errors"]
+        assert ask() == {"predictions": [pytest.approx(6.0)]}
+        latest = time.monotonic() + 60
+        while not lost() and time.monotonic() < latest:
+            time.sleep(0.05)
+        assert lost() == 1 and "1 answered rows were not written down" in (tmp_path / "log").read_text()
+        for each in blocked:
+            each.rmdir()
+        assert ask() == {"predictions": [pytest.approx(6.0)]}
+        assert one.stop() == 0
+    found = log.read()
+    assert found[["model", "x", "prediction"]].to_dict("records") == [{"model": "double@1", "x": 3.0, "prediction": pytest.approx(6.0)}]
 
 
 @posix

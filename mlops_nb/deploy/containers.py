@@ -17,12 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.errors import Invalid, MlopsError, NotFound, Unavailable
-from ..core.files import digest_of, write_atomic
+from ..core.files import digest_of, disk_faults, write_atomic
 from ..core.settings import project
 from .context import Context, build_context, checked, read_context
 from .engine import GRACE_S, Container, answers, called, compose_file, composer, engine, exchanged, free_port, in_yaml, inspect, log_of, ours, proved, run_words, waited
 from .mounted import fits_in, laid_out, owned, planned_in, shadow_of, shares_of, state_written, taken, versions_of
 from .targets import Change, Wanted, artifacts_of
+from ..serve.image import variables_of
 
 # %% auto #0
 __all__ = ['TARGETS', 'prepared', 'container_of', 'settings_of', 'signature_of', 'Docker', 'Compose']
@@ -48,6 +49,8 @@ def container_of(
     place: Path,  # the target's folder
 ) -> Container:
     "The container that is wanted."
+    from mlops_nb.monitor.predictions import predictions_of
+
     port = wanted.port or (before or {}).get("port") or wanted.section.port or free_port(wanted.section.host)
     asked = {key: value for key, value in wanted.options.items() if value}
     options = {**({"cpus": asked["cpu"]} if "cpu" in asked else {}), **({"memory_mb": round(asked["memory_gb"] * 1024)} if "memory_gb" in asked else {})}
@@ -55,12 +58,14 @@ def container_of(
         options["env_file"] = str(file := project().path(str(asked["env_file"])))
         if not file.is_file():
             raise NotFound(f"there is no file {file} with variables for {wanted.name}; make it, or take env_file out of the settings.")
-    return Container(f"mlops-{project().name}-{wanted.name}".lower(), image, port, place, host=wanted.section.host, workers=max(wanted.replicas, asked.get("workers", 1)), **options)
+    predictions = Path(os.path.relpath(predictions_of(wanted.name).folder, place)).as_posix()
+    return Container(f"mlops-{project().name}-{wanted.name}".lower(), image, port, place, host=wanted.section.host, workers=max(wanted.replicas, asked.get("workers", 1)),
+                     predictions=predictions, variables=variables_of(wanted.section), **options)
 
 
 def settings_of(container: Container) -> dict:
     "What the record keeps of a container."
-    return {key: getattr(container, key) for key in ("name", "image", "port", "host", "workers", "user", "memory_mb", "cpus", "env_file")}
+    return {key: getattr(container, key) for key in ("name", "image", "port", "host", "workers", "user", "memory_mb", "cpus", "env_file", "predictions", "variables")}
 
 
 def signature_of(container: Container) -> str:
@@ -147,15 +152,15 @@ def followed(record: Mapping, model: str, what: str) -> None:
         raise Unavailable(f"{what} was not deployed, and the plan before it stays: {problem.rstrip('.')}.")
 
 
-def replanned(target: Docker, record: Mapping, split: Mapping[str, float], shadow: str, **more: object) -> dict:
-    "Another plan for the running servers."
+def replanned(target: Docker, record: Mapping, split: Mapping[str, float], shadow: str | None, percent: float = 100) -> dict:
+    "Another plan for the running servers; None leaves the shadow, unless it gets a share now."
     from mlops_nb.model import registry
 
     model, place = record["model"].partition("@")[0], artifacts_of(record["name"], target.name)
     versions = {selector: registry.model(f"{model}@{selector}") for selector in (*split, *([shadow] if shadow else []))}
     fits_in(read_context(place / "context"), laid_out(versions, place))
-    number = str(versions[shadow].version) if shadow else ""
-    state_written(record["name"], place / "state", model, record["why"], record["by"], traffic=shares_of(split, versions), shadow=number, **more)
+    copied = {} if shadow is None else {"shadow": str(versions[shadow].version) if shadow else "", "shadow_percent": percent}
+    state_written(record["name"], place / "state", model, record["why"], record["by"], traffic=shares_of(split, versions), **copied)
     followed(record, model, "this traffic")
     return {**planned_in(place, model), "previous": None}
 
@@ -200,9 +205,14 @@ class Docker:
         return [f"docker build --tag {container.image} {shlex.quote(str(container.folder / 'context'))}", f"docker {shlex.join(run_words(container))}"]
 
     def write(self, container: Container) -> None:
-        "Files that describe the container; docker needs none."
+        "What has to be there before the container: the folders that it writes into."
+        for here in (container.folder / here for here, _, only_read in container.mounts if not only_read):
+            with disk_faults(here):
+                here.mkdir(parents=True, exist_ok=True)
+            owned(here)
 
     def exchange(self, found: str, container: Container) -> float:
+        self.write(container)
         return exchanged(found, container)
 
     def plan(self, wanted: Wanted, before: Mapping | None) -> list[Change]:
@@ -213,13 +223,13 @@ class Docker:
         "Image, folder and container as wanted."
         return applied(self, wanted, before)
 
-    def traffic(self, record: Mapping, split: Mapping[str, float]) -> dict:
-        "Share the requests between versions; no container is touched."
-        return replanned(self, record, split, record["shadow_version"])
+    def traffic(self, record: Mapping, split: Mapping[str, float], shadow: str | None = None) -> dict:
+        "Share the requests between versions, and choose the shadow with it; no container is touched."
+        return replanned(self, record, split, shadow)
 
     def shadow(self, record: Mapping, selector: str, percent: float = 100) -> dict:
         "Send a version copies of requests."
-        return replanned(self, record, record["shares"], selector, shadow_percent=percent)
+        return replanned(self, record, record["shares"], selector, percent)
 
     def rollback(self, record: Mapping) -> dict:
         "The plan before the last change, and the image with it."
@@ -240,7 +250,7 @@ def status(self: Docker, record: Mapping) -> dict:
     facts |= {key: value for key, value in (inspect(found, record["container"]) or {"state": "gone"}).items() if key != "labels"}
     if facts["state"] == "running":
         try:
-            facts |= {key: value for key, value in said(record["name"], "GET", "/health").items() if key in ("model", "answered")}
+            facts |= {key: value for key, value in said(record["name"], "GET", "/health").items() if key in ("model", "answered", "log_errors")}
         except MlopsError as error:
             facts |= {"state": "not answering", "problem": str(error)}
     return facts
@@ -280,7 +290,8 @@ class Compose(Docker):
         return [f"docker compose --file {shlex.quote(str(container.folder / 'compose.yaml'))} up --build --detach"]
 
     def write(self, container: Container) -> None:
-        "The Compose file."
+        "Its folders, and the Compose file."
+        super().write(container)
         write_atomic(container.folder / "compose.yaml", in_yaml(compose_file(container), f"{container.name}: written by mlops_nb; `mlops deploy` writes it again."))
 
     def exchange(self, found: str, container: Container) -> float:

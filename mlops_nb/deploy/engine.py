@@ -22,8 +22,9 @@ from ..core.files import digest_of
 from .context import HEALTH, HOME, PORT, USER
 
 # %% auto #0
-__all__ = ['ENGINES', 'STATE', 'GRACE_S', 'TMP', 'answers', 'engine', 'composer', 'called', 'own_user', 'Container', 'run_words',
-           'compose_file', 'in_yaml', 'inspect', 'ours', 'log_of', 'waited', 'proved', 'exchanged']
+__all__ = ['ENGINES', 'STATE', 'PREDICTIONS', 'GRACE_S', 'TMP', 'answers', 'engine', 'composer', 'called', 'own_user',
+           'Container', 'run_words', 'compose_file', 'in_yaml', 'inspect', 'ours', 'log_of', 'waited', 'proved',
+           'exchanged']
 
 # %% ../../nbs/deploy/engine.ipynb #9ba29c17
 ENGINES = ("docker", "podman")
@@ -92,6 +93,8 @@ class Container:
     cpus: float = 0.0  # 0: as many as there are workers
     env_file: str = ""  # variables for the model's own code; outside the context
     state: str = "state"  # the folder with plan and tokens
+    predictions: str = ""  # where predictions are written down, from the folder; nowhere when left out
+    variables: Mapping[str, str] = field(default_factory=dict)  # limits, origins and logs, for the server inside
 
     @property
     def labels(self) -> dict[str, str]:
@@ -100,15 +103,17 @@ class Container:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"MLOPS_WORKERS": str(self.workers), "MLOPS_PLAN": f"{STATE}/plan.json", "MLOPS_TOKENS": f"{STATE}/tokens.json"}
+        own = {"MLOPS_WORKERS": str(self.workers), "MLOPS_PLAN": f"{STATE}/plan.json", "MLOPS_TOKENS": f"{STATE}/tokens.json"}
+        return {**own, **self.variables, **({"MLOPS_PREDICTIONS": PREDICTIONS} if self.predictions else {})}
 
     @property
     def mounts(self) -> list[tuple[str, str, bool]]:
         "Folder here, folder inside, whether it can only be read."
-        return [("models", f"{HOME}/models", True), (self.state, STATE, False)]
+        logs = [(f"{self.predictions}{what}", f"{PREDICTIONS}{what}", False) for what in ("", ".shadow")] if self.predictions else []
+        return [("models", f"{HOME}/models", True), (self.state, STATE, False), *logs]
 
 
-STATE = "/var/lib/mlops"
+STATE, PREDICTIONS = "/var/lib/mlops", "/var/log/mlops/predictions"
 
 # %% ../../nbs/deploy/engine.ipynb #c69fe5da
 GRACE_S, TMP = 30, "/tmp:rw,noexec,nosuid,nodev,size=256m"
@@ -123,7 +128,7 @@ def run_words(
              "--stop-timeout", str(GRACE_S), "--publish", f"{container.host}:{container.port}:{PORT}"]
     words += [word for name, value in container.labels.items() for word in ("--label", f"{name}={value}")]
     for here, inside, only_read in container.mounts:
-        words += ["--volume", f"{(container.folder / here).absolute()}:{inside}:{'ro' if only_read else 'rw'}"]
+        words += ["--volume", f"{os.path.abspath(container.folder / here)}:{inside}:{'ro' if only_read else 'rw'}"]
     words += [word for name, value in container.environment.items() for word in ("--env", f"{name}={value}")]
     return [*words, *(["--env-file", container.env_file] if container.env_file else []), container.image]
 
@@ -230,7 +235,7 @@ def proved(
     "Run it beside the old one; `Unavailable` unless it gets ready and answers."
     from mlops_nb.deploy.client import ask, refusal
 
-    trial = replace(container, name=f"{container.name}-trial", port=free_port(container.host), host="127.0.0.1", state="trial")
+    trial = replace(container, name=f"{container.name}-trial", port=free_port(container.host), host="127.0.0.1", state="trial", predictions="")  # a request to try it is no prediction
     removed(found, trial.name)
     try:
         called(found, *run_words(trial))

@@ -24,6 +24,7 @@ from .manifests import Arm, Workload, image_of, label_of, objects, write_manifes
 from .rollout import is_ready, rollout, route_is_ready, route_trouble, trouble
 from .targets import Change, artifacts_of
 from .tokens import access_file, opened_by, token_of
+from ..serve.image import variables_of
 
 if TYPE_CHECKING:
     from mlops_nb.deploy.targets import Wanted
@@ -86,7 +87,7 @@ def workload_of(
     return planned(Workload(label_of(name), model, arms, shadow, max(1, wanted.replicas), scaling(wanted.autoscale, name), float(setting(wanted, "cpu", 0.5)), float(setting(wanted, "memory_gb", 1.0)),
                             int(setting(wanted, "workers", 1)), namespace=str(setting(wanted, "namespace", "")), gateway=gateway, hostname=str(setting(wanted, "hostname", "")),
                             callers=namespaces, secret=str(setting(wanted, "secret", "")), mode=mode,
-                            key=str(setting(wanted, "key", "")), pull_secret=str(setting(wanted, "pull_secret", ""))))
+                            key=str(setting(wanted, "key", "")), pull_secret=str(setting(wanted, "pull_secret", "")), variables=variables_of(wanted.section)))
 
 
 def together(arms: tuple[Arm, ...], shadow: Arm | None, apart: object, template: str, name: str) -> None:
@@ -275,9 +276,9 @@ class Steering(Converging):
         _, last, _, cluster = self.there(record)
         return self.converge(record["name"], workload, {**last["facts"], **facts}, cluster=cluster, by=record.get("by") or user(), why=record.get("why", ""))
 
-    def traffic(self, record: Mapping, split: Mapping[str, float]) -> dict:
-        "Other shares; versions that are not there yet are started first."
-        workload = redirected(record["name"], self.there(record)[2], split=split)
+    def traffic(self, record: Mapping, split: Mapping[str, float], shadow: str | None = None) -> dict:
+        "Other shares, and with them another shadow; versions that are not there yet are started first."
+        workload = redirected(record["name"], self.there(record)[2], split=split, shadow=None if shadow is None else (shadow, 100))
         return self.again(record, workload, **facts_of(workload.model, split, workload.shadow.selector if workload.shadow else ""))
 
     def shadow(self, record: Mapping, selector: str, percent: float = 100) -> dict:

@@ -52,6 +52,7 @@ class Workload:
     mode: str = ""  # standard or knative: KServe splits the requests
     key: str = ""  # the input column by which one server keeps a caller with a version
     pull_secret: str = ""  # the Secret that opens the image registry
+    variables: Mapping[str, str] = field(default_factory=dict)  # limits, origins and access log, for the server; each pod counts for itself
 
     @property
     def apart(self) -> bool:
@@ -114,7 +115,7 @@ def container(
     name: str = "server",  # the container's name
 ) -> dict:
     "The container of the model server."
-    environment = {"HOME": "/tmp", **({"MLOPS_PORT": f"{workload.port}"} if workload.port != 8080 else {}), "MLOPS_WORKERS": f"{workload.workers}", "MLOPS_TOKENS": "/etc/mlops/tokens/tokens.json", **({"MLOPS_PLAN": "/etc/mlops/plan/plan.json"} if workload.plan else {})}
+    environment = {"HOME": "/tmp", **({"MLOPS_PORT": f"{workload.port}"} if workload.port != 8080 else {}), "MLOPS_WORKERS": f"{workload.workers}", "MLOPS_TOKENS": "/etc/mlops/tokens/tokens.json", **({"MLOPS_PLAN": "/etc/mlops/plan/plan.json"} if workload.plan else {}), **workload.variables}
     memory = f"{round(workload.memory_gb * 1024)}Mi"
     mounts = [{"name": "tmp", "mountPath": "/tmp"}, {"name": "tokens", "mountPath": "/etc/mlops/tokens", "readOnly": True}]
     return {

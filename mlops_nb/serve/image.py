@@ -6,21 +6,28 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlops_nb.core.errors import Invalid, MlopsError, NotFound
 from mlops_nb.core.files import digest_of
 from mlops_nb.serve.bundle import Bundled, bundles_in, vouched
 from mlops_nb.serve.platforms import Platform, number_in, platform_from
 
+if TYPE_CHECKING:
+    from mlops_nb.core.settings import DeploySection
+    from mlops_nb.serve.journal import Entry
+
 # %% auto #0
-__all__ = ['LOG', 'trusted_in', 'models_of', 'doors', 'order_of', 'cores', 'workers_of', 'main']
+__all__ = ['LOG', 'trusted_in', 'models_of', 'doors', 'rate_in', 'bounds', 'variables_of', 'remembering', 'remembered',
+           'order_of', 'cores', 'workers_of', 'main']
 
 # %% ../../nbs/serve/image.ipynb #89233e00
 LOG = logging.getLogger("mlops_nb.serve")
@@ -69,6 +76,70 @@ def doors(
         raise NotFound(f"MLOPS_TOKENS names {file}, and there is no such file; mount it, or set MLOPS_TOKEN.")
     return {"tokens": file or None, "token_digests": [digest_of(token.encode())] if token else [], "trusted_platform": mode == "platform"}
 
+# %% ../../nbs/serve/image.ipynb #baba6b12
+def rate_in(environ: Mapping[str, str], name: str) -> float:
+    "The requests a second in a variable; 0 is no limit."
+    text = environ.get(name, "").strip() or "0"
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = -1
+    if not 0 <= rate < math.inf:
+        raise Invalid(f"{name} is {text[:20]!r}; expected requests a second, such as 50 or 0.5, or 0 for no limit.")
+    return rate
+
+
+def bounds(
+    environ: Mapping[str, str],  # the environment
+) -> dict:  # for the order: rates, cors, access_log
+    "How often clients may ask and from which pages, and what is logged; `Invalid` names the variable."
+    from mlops_nb.serve.edge import Cors
+
+    rates = {"per_s": rate_in(environ, "MLOPS_RATE_PER_S"), "total_per_s": rate_in(environ, "MLOPS_TOTAL_PER_S")}
+    origins = [one.strip() for one in environ.get("MLOPS_ORIGINS", "").split(",") if one.strip()]
+    Cors(origins)
+    log, payloads = environ.get("MLOPS_ACCESS_LOG", "").strip() or "-", environ.get("MLOPS_PAYLOADS", "").strip().lower() or "no"
+    if payloads not in ("yes", "no"):
+        raise Invalid(f"MLOPS_PAYLOADS is {payloads[:20]!r}; expected yes or no.")
+    return {"rates": rates if any(rates.values()) else None, "cors": origins, "access_log": None if log == "off" else {"path": log, "payloads": payloads == "yes"}}
+
+# %% ../../nbs/serve/image.ipynb #52ce5c5f
+def variables_of(
+    section: DeploySection,  # what settings.ini says of a deployment
+) -> dict[str, str]:
+    "The variables with which `bounds` says the same; `Invalid` for an origin that is none."
+    rates = {"MLOPS_RATE_PER_S": section.rate_per_s, "MLOPS_TOTAL_PER_S": section.total_per_s}
+    origins = ",".join(one.strip() for one in section.origins.split(",") if one.strip())
+    said = {**{name: f"{rate:.15g}" for name, rate in rates.items() if rate}, **({"MLOPS_ORIGINS": origins} if origins else {}),
+            "MLOPS_ACCESS_LOG": "-" if section.access_log else "off", **({"MLOPS_PAYLOADS": "yes"} if section.access_log and section.payloads else {})}
+    bounds(said)
+    return said
+
+# %% ../../nbs/serve/image.ipynb #b630668c
+def remembering(
+    order: Mapping,  # with the folder of the predictions
+) -> Callable[[list[Entry]], None]:  # writes entries of a journal
+    "Who writes down what was answered, and a shadow's answers beside it."
+    from mlops_nb.monitor.predictions import PredictionLog
+
+    logs = {False: PredictionLog(order["predictions"]), True: PredictionLog(f"{order['predictions']}.shadow")}
+
+    def write(entries: list[Entry]) -> None:
+        for shadow, log in logs.items():
+            log.record_many(one for one in entries if one.shadow == shadow)
+
+    return write
+
+
+def remembered(
+    environ: Mapping[str, str],  # the environment
+) -> dict:  # for the order: journal, predictions
+    "Where what was answered is written down; nowhere without a folder."
+    folder = environ.get("MLOPS_PREDICTIONS", "").strip()
+    if folder and not Path(folder).is_dir():
+        LOG.warning("MLOPS_PREDICTIONS names %s, and there is no such folder, so what is answered is not written down; mount one.", folder)
+    return {"journal": "mlops_nb.serve.image:remembering", "predictions": folder} if folder and Path(folder).is_dir() else {}
+
 # %% ../../nbs/serve/image.ipynb #b47326af
 def order_of(
     platform: Platform,  # where we run
@@ -90,13 +161,12 @@ def order_of(
         write_plan(plan, Plan(tuple(ModelPlan(name, traffic) for name, traffic in shares.items())), by="image", why="started")
     (folder / "metrics").mkdir(exist_ok=True)
     many = {"source": "mlops_nb.serve.sagemaker:held", "catalogue": str(folder / "catalogue.json"), "root": platform.model_folder, "trust": trusted_in(environ)} if platform.multi_model else {}
-    log = environ.get("MLOPS_ACCESS_LOG", "").strip() or "-"
     tls = [environ.get(name, "").strip() for name in ("MLOPS_TLS_CERT", "MLOPS_TLS_KEY")]
     if any(tls):
         checked_tls(*tls)
-    return {"bundle": str(models), "plan": str(plan), **access, **many, "platform": asdict(platform), "host": platform.host, "workers": workers_of(platform, environ), "open_health": True,
+    return {"bundle": str(models), "plan": str(plan), **access, **many, **bounds(environ), **remembered(environ), "platform": asdict(platform), "host": platform.host, "workers": workers_of(platform, environ), "open_health": True,
             "metrics": str(folder / "metrics"), "instance": environ.get("HOSTNAME", "")[:60], "limits": {"body_bytes": platform.body_bytes}, "patience_s": platform.stop_s - 5,
-            "access_log": None if log == "off" else {"path": log}, "tls": tls if any(tls) else None, "grpc": number_in(environ, ("MLOPS_GRPC_PORT",), 0, 65535) or None}
+            "tls": tls if any(tls) else None, "grpc": number_in(environ, ("MLOPS_GRPC_PORT",), 0, 65535) or None}
 
 # %% ../../nbs/serve/image.ipynb #6ece61bf
 def cores() -> int:
