@@ -81,12 +81,48 @@ def test_results_on_stdout_messages_on_stderr(shop):
     assert wrong.stderr.startswith("mlops: ") and "sales" in wrong.stderr and wrong.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("line, what, params", [
+    ("x.ipynb -p C=0.5 k=10", "x.ipynb", {"C": "0.5", "k": "10"}), ("-p C=0.5 k=10 x.ipynb", "x.ipynb", {"C": "0.5", "k": "10"}), ("-p C=0.5 -p k=10 x.ipynb", "x.ipynb", {"C": "0.5", "k": "10"}),
+    ("--params=C=0.5 k=10 x.ipynb", "x.ipynb", {"C": "0.5", "k": "10"}), ("-p=C=0.5 k=10 --resources x.ipynb", "x.ipynb", None), ("-p C=a=b data/week=3/x.ipynb", "data/week=3/x.ipynb", {"C": "a=b"}),
+    ("-p C=0.5 -- week=3.ipynb", "week=3.ipynb", {"C": "0.5"}), ("-p C=0.5 ./week=3.ipynb", "./week=3.ipynb", {"C": "0.5"}), ("-p a/b=1 x.ipynb", "x.ipynb", {"a/b": "1"}),
+    ("-p C= k=-1 x.ipynb", "x.ipynb", {"C": "", "k": "-1"}), ("x.ipynb", "x.ipynb", {}), ("-p 'intended use=shop pages' 'limits=few' x", "x", {"intended use": "shop pages", "limits": "few"})])
+def test_one_flag_takes_all_pairs_that_follow(line, what, params):
+    import shlex
+
+    parser = verb_parser(VERBS["run"])
+    if params is None:
+        with pytest.raises(Usage):
+            parser.parse_args(shlex.split(line))
+        return
+    options = parser.parse_args(shlex.split(line))
+    assert options.what == what and dict(pair for pairs in options.params or [] for pair in pairs) == params
+
+
+def test_pairs_reach_their_verb(monkeypatch):
+    from mlops_nb.deploy import deployments
+    from mlops_nb.interface.cli import call
+
+    calls = []
+    monkeypatch.setattr(deployments, "traffic", lambda name, split, *, shadow="", why="": calls.append((name, split, shadow)))
+    monkeypatch.setattr(deployments, "deploy", lambda model, **more: calls.append((model, more["traffic"], more["autoscale"], more["replicas"])))
+    for verb, line in (("traffic", "shop champion=90 challenger=10 --shadow 3"), ("traffic", "--shadow 3 shop champion=90 challenger=10"),
+                       ("deploy", "--traffic champion=90 challenger=10 --autoscale min=1 max=3 shop@champion"), ("deploy", "shop@champion --traffic champion=90 --replicas 2 --traffic challenger=10")):
+        parser = verb_parser(VERBS[verb])
+        call(VERBS[verb], parser.parse_args(line.split()))
+    split = {"champion": "90", "challenger": "10"}
+    assert calls == [("shop", split, "3")] * 2 + [("shop@champion", split, {"min": "1", "max": "3"}, 0), ("shop@champion", split, None, 2)]
+
+
 @pytest.mark.parametrize("words, sentence", [
     (["stauts"], "did you mean status"),
     (["status", "--verbose"], "unrecognized arguments: --verbose; see `mlops status --help`"),
     (["save", "x.parquet"], "the following arguments are required: name"),
     (["monitor"], "required: name"),
     (["run", "x", "-p", "C"], "'C' is not KEY=VALUE"),
+    (["run", "x", "-p", "C=1", "k"], "unrecognized arguments: k"),
+    (["run", "-p", "x"], "'x' is not KEY=VALUE"),
+    (["run", "x", "-p"], "argument --params/-p: expected one argument"),
+    (["traffic", "shop"], "the following arguments are required: KEY=VALUE"),
     (["serve", "m", "--port", "high"], "'high' is not a whole number"),
     (["--projekt", "x", "status"], "unknown option '--projekt'"),
     (["--project"], "--project needs a folder"),
@@ -159,6 +195,18 @@ def test_a_variable_is_the_object_itself(ip):
     pd.testing.assert_frame_equal(ip.run_line_magic("mlops", "load sales@1"), FRAME)
     assert ip.run_line_magic("mlops", "save {orders.head(2)} sales").rows == 2
     assert ip.run_line_magic("mlops", "save $orders sales -m 'costs $5 {x}'").message in ("costs $5 {x}", "IT'S THE FIRST it's the first")
+
+
+def test_a_flag_takes_several_pairs_and_a_dict_is_one_too(ip, monkeypatch):
+    from mlops_nb.deploy import deployments
+
+    calls = []
+    monkeypatch.setattr(deployments, "deploy", lambda model, **more: calls.append((model, more["traffic"])))
+    monkeypatch.setattr(deployments, "traffic", lambda name, split, *, shadow="", why="": calls.append((name, split)))
+    ip.user_ns.update(share=10, split={"champion": 90, "challenger": 10})
+    for line in ("deploy --traffic champion={100 - share} challenger=$share shop@champion", "deploy shop@champion --traffic $split", "traffic shop $split", "deploy --traffic $split 3=0 shop@champion"):
+        ip.run_line_magic("mlops", line)
+    assert calls == [("shop@champion", {"champion": "90", "challenger": "10"}), ("shop@champion", ip.user_ns["split"]), ("shop", ip.user_ns["split"]), ("shop@champion", {**ip.user_ns["split"], "3": "0"})]
 
 
 def test_the_cell_is_the_data(ip):

@@ -156,6 +156,8 @@ for line in sys.stdin:
         metrics.serving({n: {}}); metrics.flush(); print("done", flush=True)
     elif order == "page":
         print(metrics.page().decode().replace("\\n", "\\x1f"), flush=True)
+    elif order == "totals":
+        metrics.log_failed("predictions", int(n)); print(*metrics.totals().values(), flush=True)
     elif order == "end":
         metrics.end(); print("done", flush=True)
 """
@@ -200,6 +202,7 @@ def test_any_worker_answers_for_all_also_after_one_was_killed(workers):
         assert value(page, "mlops_requests_total", route="/predict", model="shelf@1", status="200") == 123 == value(page, "mlops_queue_rows")
         assert value(page, "mlops_request_seconds_count") == 123 and value(page, "mlops_request_seconds_sum") == pytest.approx(123 * 0.003)
         assert value(page, "mlops_rows_total") == 246 and value(page, "mlops_rejected_total") == 3 == value(page, "mlops_workers") and value(page, "mlops_model_info") == 1
+    assert [worker.ask(f"totals {n}") for worker, n in zip(three, (5, 0, 2))] == ["123 5", "123 5", "123 7"], "the health page adds up the same"
     before = page
     three[0].kill()
     for worker in three[1:]:
@@ -207,6 +210,7 @@ def test_any_worker_answers_for_all_also_after_one_was_killed(workers):
         assert value(page, "mlops_requests_total") == 123 and value(page, "mlops_rows_total") == 246 and value(page, "mlops_rejected_total") == 3, "counters never go back"
         assert value(page, "mlops_queue_rows") == 23 and value(page, "mlops_workers") == 2, "what was true of the dead is not true any more"
         assert value(page, "process_cpu_seconds_total") >= value(before, "process_cpu_seconds_total")
+    assert three[1].ask("totals 0") == three[2].ask("totals 0") == "123 7"
     assert value(page, "mlops_request_seconds_sum") >= value(before, "mlops_request_seconds_sum")
     successor = workers()
     successor.ask("answer 1000")
@@ -229,6 +233,20 @@ def test_times_do_not_go_back_by_a_digit(tmp_path):
         seen.append(value(three[2].page(), "mlops_request_seconds_sum"))
     assert seen == sorted(seen) and seen[0] == 0.6 != 0.1 + 0.2 + 0.3
     three[2].end()
+
+
+def test_a_folder_that_cannot_be_read_leaves_a_worker_its_own_sums(tmp_path):
+    one, other = (Metrics(tmp_path, routes=ROUTES) for _ in range(2))
+    for metrics in (one, other):
+        metrics.answered("/predict", "", 200, 0.001, 1)
+        metrics.log_failed("access", 9)  # the access log is another log
+        metrics.flush()
+    assert one.totals() == {"answered": 2, "log_errors": 0} == Metrics(tmp_path).totals()
+    (tmp_path / "all.lock").unlink()
+    (tmp_path / "all.lock").mkdir()
+    assert one.totals() == {"answered": 1, "log_errors": 0}
+    for metrics in (one, other):
+        metrics.end()
 
 
 def test_generations_of_workers_leave_no_heap_of_files(workers, tmp_path):
@@ -332,7 +350,7 @@ def test_a_line_says_what_happened(tmp_path):
     log = AccessLog(path)
     log.saw("r1", "4bf92f3577b34da6a3ce929d0e0e4736", "POST", "/predict", "shelf@1", 200, 0.00123456789, 2, "shop", b"SECRET")
     saw(log, 2, status=500)
-    log.end()
+    log.end(60)
     first, second = lines(path)
     assert first.pop("at").endswith("Z") and first == dict(zip(KEYS, ["r1", "4bf92f3577b34da6a3ce929d0e0e4736", "POST", "/predict", "shelf@1", 200, 0.001235, 2, "shop"]))
     assert "trace" not in second and second["status"] == 500 and b"SECRET" not in path.read_bytes()
@@ -345,16 +363,16 @@ def test_no_path_breaks_a_line(tmp_path, route):
     log = AccessLog(path)
     saw(log, route=route)
     saw(log, 1)
-    log.end()
+    log.end(60)
     assert [line["request"].strip("'") for line in lines(path)] == ["request-0", "request-1"] and path.stat().st_size < 2000
     assert b"\x1b" not in path.read_bytes()
 
 
 def test_off_is_off(tmp_path):
-    before, log = threading.active_count(), AccessLog()
+    log = AccessLog()
     saw(log)
     log.end()
-    assert threading.active_count() == before and not log.queue
+    assert log.thread is None and not log.queue
 
 
 def test_errors_are_written_all_and_the_rest_by_sample(tmp_path):
@@ -362,7 +380,7 @@ def test_errors_are_written_all_and_the_rest_by_sample(tmp_path):
     log = AccessLog(path, sample=0.1)
     for n in range(4000):
         saw(log, n, status=500 if n % 100 == 0 else 200)
-    log.end()
+    log.end(60)
     written = lines(path)
     good = sum(line["status"] == 200 for line in written)
     assert sum(line["status"] == 500 for line in written) == 40 and abs(good - 396) < 5 * (3960 * 0.1 * 0.9) ** 0.5  # five sigma of a binomial
@@ -389,7 +407,7 @@ def test_a_payload_holds_no_secret(tmp_path, monkeypatch, payload, written):
     path = tmp_path / "access.jsonl"
     log = AccessLog(path, payloads=True)
     saw(log, payload=payload)
-    log.end()
+    log.end(60)
     assert lines(path)[0]["payload"] == written
 
 
@@ -410,15 +428,15 @@ def test_no_payload_stops_the_log(tmp_path, payload):
     assert [line["request"] for line in lines(path)] == ["request-0", "request-1"] and path.stat().st_size < 40_000
 
 
-def test_the_files_are_bounded(tmp_path):
+def test_the_files_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlops_nb.serve.logs.PAUSE_S", 0.01)
     path = tmp_path / "access.jsonl"
     log = AccessLog(path, file_mb=0.02, files=3)
     for batch in range(12):
         for n in range(100):
             saw(log, batch * 100 + n)
-        assert within(20, lambda: not log.queue)
-        time.sleep(0.15)
-    log.end()
+        assert within(60, lambda: path.exists() and f'"request-{batch * 100 + 99}"'.encode() in path.read_bytes())
+    log.end(60)
     files = rotated(path)
     assert [one.name for one in files] == ["access.jsonl", "access.jsonl.1", "access.jsonl.2"] and sum(one.stat().st_size for one in files) < 3 * (20_000 + 15_000 + 200)
     written = [line["request"] for one in reversed(files) for line in lines(one)]
@@ -448,7 +466,7 @@ print(log.dropped)
 def test_processes_share_a_file_and_turn_it_over(tmp_path):
     path = tmp_path / "access.jsonl"
     running = [subprocess.Popen([sys.executable, "-c", MANY, str(path), f"p{n}"], stdout=subprocess.PIPE, text=True) for n in range(3)]
-    assert [one.communicate(timeout=120)[0].strip() for one in running] == ["0", "0", "0"]
+    assert [one.communicate(timeout=300)[0].strip() for one in running] == ["0", "0", "0"]
     files = rotated(path)
     requests = [line["request"] for line in lines(*files)]
     assert len(requests) == len(set(requests)) == 9000 and len(files) > 3
@@ -458,10 +476,10 @@ def test_a_log_moved_away_is_begun_anew(tmp_path):
     path = tmp_path / "access.jsonl"
     log = AccessLog(path)
     saw(log, 1)
-    assert within(20, lambda: len(lines(path)) == 1)
+    assert within(60, lambda: len(lines(path)) == 1)
     path.rename(tmp_path / "old")
     saw(log, 2)
-    log.end()
+    log.end(60)
     assert [line["request"] for line in lines(tmp_path / "old")] == ["request-1"] and [line["request"] for line in lines(path)] == ["request-2"]
 
 
@@ -472,7 +490,7 @@ def test_a_pipe_that_nobody_reads_stops_nothing():
             "for n in range(60_000): log.saw('r' * 60, '', 'POST', '/predict', 'shelf@1', 200, 0.001, 2, 'shop')\nlog.end(0.5)\n"
             "print(log.lost + log.dropped > 30_000, len(log.queue) <= 10_000, file=sys.stderr)")
     ran = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert ran.wait(60) == 0 and ran.stderr.read().split() == ["True", "True"]
+    assert ran.wait(300) == 0 and ran.stderr.read().split() == ["True", "True"]
     ran.stdout.close()
     ran.stderr.close()
 
@@ -485,10 +503,10 @@ def test_a_full_disk_is_said_once_and_counted(tmp_path, caplog):
     log = AccessLog(tmp_path / "access.jsonl", on_drop=told.append)
     for n in range(3):
         saw(log, n)
-        assert within(20, lambda: log.dropped == n + 1)
+        assert within(60, lambda: log.dropped == n + 1)
     (tmp_path / "access.jsonl").unlink()
     saw(log, 3)
-    log.end()
+    log.end(60)
     assert [line["request"] for line in lines(tmp_path / "access.jsonl")] == ["request-3"] and sum(told) == 3
     assert len(caplog.records) == 1 and "lines are dropped" in caplog.text
 

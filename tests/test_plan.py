@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from mlops_nb.core.errors import Conflict, Invalid, MlopsError, NotFound
-from mlops_nb.serve.plan import KEPT, ModelPlan, Plan, Watched, change, history, plan_from, planned, read_plan, rollback, shadow, split, withdraw, write_plan
+from mlops_nb.serve.plan import KEPT, ModelPlan, Plan, Watched, change, history, plan_from, planned, read_plan, rollback, shadow, split, withdraw, withdrawals, write_plan
 
 BOTH = {"champion": 90, "challenger": 10}
 
@@ -128,6 +128,19 @@ def test_a_shadow_that_gets_a_share_is_no_shadow_any_more(file):
     assert shadow(file, "recommender", "candidate").of("recommender").selectors == ("challenger", "champion", "candidate")
 
 
+def test_one_rollback_undoes_a_split_and_its_shadow(file):
+    shadow(file, "recommender", "challenger", 20)
+    before = read_plan(file)
+    both = split(file, "recommender", BOTH, shadow="candidate", by="ann")
+    assert (both.revision, both.of("recommender").shadow, both.of("recommender").shadow_percent) == (before.revision + 1, "candidate", 100)
+    assert rollback(file, "recommender").of("recommender") == before.of("recommender")
+    assert split(file, "recommender", {"champion": 100}, shadow="").of("recommender").shadow == ""
+    content = file.read_bytes()
+    with pytest.raises(Invalid, match="already answers 10%"):
+        split(file, "recommender", BOTH, shadow="challenger")
+    assert file.read_bytes() == content
+
+
 def test_a_model_is_added_and_a_bad_change_leaves_the_file_alone(file):
     assert [one.model for one in change(file, "sizes", traffic={"1": 100}).models] == ["recommender", "churn", "sizes"]
     content = file.read_bytes()
@@ -173,6 +186,17 @@ def test_withdrawing_again_changes_nothing(file):
     [one.start() for one in threads]
     [one.join() for one in threads]
     assert [row["by"] for row in history(file)] == ["canary", history(file)[1]["by"], "ann"] and shares(file) == {"champion": 100}
+    assert [(one["revision"], one["version"], one["by"], one["why"]) for one in withdrawals(file)] == [(3, "recommender@challenger", "canary", "it fails")]
+
+
+def test_only_a_withdrawal_is_one_and_it_stays_one(file):
+    split(file, "recommender", BOTH, by="canary", why="a person whose token is called so")
+    withdraw(file, "recommender", "challenger", why="it fails")
+    rollback(file, "recommender")
+    split(file, "churn", {"3": 50, "4": 50})
+    withdraw(file, "churn", "4", why="it is slow")
+    assert [(one["revision"], one["version"], one["why"]) for one in withdrawals(file)] == [(3, "recommender@challenger", "it fails"), (6, "churn@4", "it is slow")]
+    assert [one["version"] for one in withdrawals(file, since=3)] == ["churn@4"] and withdrawals(file, since=6) == []
 
 
 def test_no_change_of_several_processes_is_lost(file):
@@ -183,7 +207,7 @@ def test_no_change_of_several_processes_is_lost(file):
             change(sys.argv[1], f"m{sys.argv[2]}", traffic={str(i + 1): 100}, by=sys.argv[2])
     """)
     workers = [subprocess.Popen([sys.executable, "-c", code, str(file), str(i)]) for i in range(3)]
-    assert [one.wait(timeout=120) for one in workers] == [0, 0, 0]
+    assert [one.wait(timeout=600) for one in workers] == [0, 0, 0]
     assert read_plan(file).revision == 31 and {f"m{i}" for i in range(3)} < {one.model for one in read_plan(file).models}
     assert [row["revision"] for row in history(file)] == list(range(31, 0, -1))
 

@@ -54,7 +54,7 @@ class Shelf:
     def logs(self, record, lines):
         return f"{lines} lines of {record['name']}"
 
-    def traffic(self, record, split):
+    def traffic(self, record, split, shadow=None):
         self.calls.append(("traffic", record["by"], record["why"]))
         return {"traffic": dict(split)}
 
@@ -105,6 +105,34 @@ def test_each_change_is_in_the_history_with_who_and_why(shelf, monkeypatch):
         ("large@1", {"1": 90, "2": 10}, "not good", "ann", 3)]
     assert all(one["until"] for one in history) and history[-1]["ended_by"] == "ann" and ("traffic", "ann", "how good is it?") in shelf.calls
     assert history[1]["changes"] == ["update traffic: traffic 1 90%, 2 10%"]
+
+
+def test_a_target_without_shadows_refuses_the_whole_step(shelf):
+    deploy("large@1", to="shelf")
+    before = record_of("large"), list(shelf.calls)
+    with pytest.raises(Unavailable, match="shelf cannot copy requests to a shadow"):
+        traffic("large", {"1": 90, "2": 10}, shadow="3")
+    assert (record_of("large"), shelf.calls) == before
+
+
+@pytest.mark.parametrize("to", ["docker", "compose", "kubernetes"])
+def test_one_rollback_undoes_a_split_and_its_shadow(shop, to, monkeypatch, tmp_path):  # noqa: F811
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))  # no engine: the files are the deployment
+    if to == "kubernetes":
+        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+        (shop / "settings.ini").write_text("[project]\nname = shop\n[deploy.large]\nimage = registry.example/shop/all:1\n")
+    one = deploy("large@1", to=to)
+    one.shadow("2")
+    one.traffic({"1": 60, "2": 40}, shadow="large@3", why="a bold step")
+    now = record_of("large")
+    assert (now["traffic"], now["shadow"]) == ({"1": 60, "2": 40}, "3") and [entry["why"] for entry in now["history"]][2:] == ["a bold step"]
+    assert now["history"][-1]["changes"] == ["update traffic: traffic 1 60%, 2 40%, shadow 3"]
+    one.rollback(why="too bold")
+    back = record_of("large")
+    assert (back["traffic"], back["shadow"], len(back["history"])) == ({"1": 100}, "2", 4)
+    one.traffic({"2": 100})
+    assert (record_of("large")["traffic"], record_of("large")["shadow"]) == ({"2": 100}, ""), "a shadow that gets a share is no shadow any more"
 
 
 def test_another_target_is_put_up_first_and_then_the_old_one_is_taken_down(shelf):
@@ -189,7 +217,7 @@ def test_a_record_of_an_older_version_is_read(shop):  # noqa: F811
     assert one.status()["state"] == "died" and "not validated" in str(one) and deploy("large@1", dry_run=True).facts["changes"][0]["action"] == "run"
 
 
-def eventually(what, patience_s=30):
+def eventually(what, patience_s=180):
     latest = time.monotonic() + patience_s
     while not (found := what()) and time.monotonic() < latest:
         time.sleep(0.1)
@@ -197,7 +225,7 @@ def eventually(what, patience_s=30):
 
 
 def answered(one, n=40):
-    with httpx.Client(trust_env=False, headers={"Authorization": f"Bearer {token_of(one.name)}"}) as client:
+    with httpx.Client(trust_env=False, timeout=60, headers={"Authorization": f"Bearer {token_of(one.name)}"}) as client:
         return {client.post(f"{one.url}/invocations", json={"instances": [[2, 1.5]]}).json()["predictions"][0] for _ in range(n)}
 
 
@@ -210,6 +238,11 @@ def test_traffic_shadow_rollback_and_scale_of_a_running_deployment(shop):  # noq
     assert eventually(lambda: answered(one) == {1, 2}) and deployment("large").pid == one.pid and one.status()["traffic"] == {"1": 50, "2": 50}
     one.rollback(why="not convinced")
     assert eventually(lambda: answered(one) == {1}) and record_of("large")["traffic"] == {"1": 100} and [entry["why"] for entry in one.history][1:] == ["half of it", "not convinced"]
+    revision = one.status()["revision"]
+    one.traffic({"1": 50, "2": 50}, shadow="3", why="both at once")
+    assert one.status()["revision"] == revision + 1 and (one.status()["traffic"], one.status()["shadow"]) == ({"1": 50, "2": 50}, "3")
+    one.rollback()
+    assert (one.status()["traffic"], one.status()["shadow"]) == ({"1": 100}, "") and one.status()["revision"] == revision + 2
     one.shadow("3")
     assert eventually(lambda: answered(one) == {1} and predictions_of("large.shadow").days())
     shadowed = predictions_of("large.shadow").read()
@@ -221,6 +254,59 @@ def test_traffic_shadow_rollback_and_scale_of_a_running_deployment(shop):  # noq
     assert eventually(lambda: more.status().get("restarts") == 1 and more.status().get("workers") == 2) and answered(more) == {1}
     assert "another starts" in more.logs() and deploy("large@1").summary == "large@1 -> large@1", "the shadow goes when it is not asked for again"
     assert deploy("large@1").summary.startswith("nothing to change")
+
+
+@posix
+def test_each_withdrawal_is_one_alert_and_nothing_else_is(shop, monkeypatch):  # noqa: F811
+    from mlops_nb.deploy.local import alarm
+    from mlops_nb.monitor import alerts
+    from mlops_nb.serve.plan import planned, rollback, split, withdraw, write_plan
+
+    order = {"project": str(shop), "name": "large", "plan": str(shop / "plan.json")}
+    write_plan(order["plan"], planned("large@1"))
+    split(order["plan"], "large", {"1": 90, "2": 10})
+    withdraw(order["plan"], "large", "2", by="canary", why="large@2 was slow.")  # before this server started
+    look = alarm(order)
+    said = lambda: [one["message"] for one in reversed(alerts.recent())]
+    split(order["plan"], "large", {"1": 90, "2": 10}, by="canary", why="a token may be called so")
+    look(), rollback(order["plan"], "large"), look()
+    assert said() == []
+    for version in ("2", "3"):
+        split(order["plan"], "large", {"1": 90, version: 10})
+        for _ in range(3):  # workers
+            withdraw(order["plan"], "large", version, by="canary", why=f"large@{version} fails too often.")
+    real = alerts.append_lines
+    monkeypatch.setattr(alerts, "append_lines", lambda *given: (_ for _ in ()).throw(Unavailable("the disk is full.")))
+    with pytest.raises(Unavailable):
+        look()
+    monkeypatch.setattr(alerts, "append_lines", real)
+    look(), look()
+    assert said() == [f"a canary of large was withdrawn: large@{version} fails too often." for version in ("2", "3")]
+    (shop / "plan.json").write_text("{")
+    look(), alarm(order)()
+    assert len(said()) == 2
+
+
+@posix
+def test_what_all_workers_answered_is_added_up_and_a_withdrawn_canary_raises_one_alert(shop):  # noqa: F811
+    from mlops_nb.interface.status import status
+    from mlops_nb.monitor.alerts import recent
+    from mlops_nb.serve.plan import history
+
+    one = deploy("large@1", traffic={"1": 50, "2": 50}, replicas=2)
+    sent, latest, headers = 0, time.monotonic() + 120, {"Authorization": f"Bearer {token_of('large')}", "Connection": "close"}  # so that either worker is asked
+    while len(read_json(record_of("large")["plan"])["models"][0]["traffic"]) == 2 and time.monotonic() < latest:
+        assert httpx.post(f"{one.url}/invocations", json={"instances": [[2, 1.5]] * 20}, headers=headers, trust_env=False).status_code == 200
+        sent += 1
+    assert eventually(recent), "the second version answers 2 where the first answers 1"
+    alert, = recent()
+    assert (alert["subject"], alert["severity"]) == ("large", "warning") and alert["message"].startswith("a canary of large was withdrawn: large@2 predicts something else than 1")
+    assert status().facts["alerts"] == [alert] and "a canary of large was withdrawn" in str(status())
+    asked = [httpx.get(f"{one.url}/metrics", headers=headers, trust_env=False).text for _ in range(8)]
+    assert all("mlops_workers 2.0" in page for page in asked)
+    assert eventually(lambda: one.status()["answered"] >= sent + len(asked)) and one.status()["log_errors"] == 0, "one worker alone has not answered them all"
+    revisions = history(record_of("large")["plan"])
+    assert [row["by"] == "canary" for row in revisions].count(True) == 1
 
 
 @posix
@@ -246,7 +332,7 @@ def test_tokens_come_and_go_while_it_runs(shop):  # noqa: F811
     page = open(report.facts["file"]).read()
 
     def ask(token):
-        return httpx.post(f"{one.url}/invocations", json={"instances": [[2, 1.5]]}, headers={"Authorization": f"Bearer {token}"}, trust_env=False).status_code
+        return httpx.post(f"{one.url}/invocations", json={"instances": [[2, 1.5]]}, headers={"Authorization": f"Bearer {token}"}, trust_env=False, timeout=60).status_code
 
     assert page not in str(report) and os.stat(report.facts["file"]).st_mode & 0o777 == 0o600 and eventually(lambda: ask(page) == 200)
     new = open(tokens("large", rotate="shop-page").facts["file"]).read()
@@ -285,9 +371,9 @@ def test_a_unit_takes_over_and_brings_it_back(shop, monkeypatch, tmp_path):  # n
         unit = as_systemd_would()
         assert eventually(lambda: record_of("large")["pid"] == unit.pid) and eventually(lambda: answered(one, 3) == {1})
         two = deploy("large@2")
-        assert two.url == one.url and unit.wait(30) == 0 and answered(one, 3) == {2}
+        assert two.url == one.url and unit.wait(180) == 0 and answered(one, 3) == {2}
         undeploy("large")
-        assert as_systemd_would().wait(60) == systemd.NOTHING_TO_DO and not file.exists()
+        assert as_systemd_would().wait(300) == systemd.NOTHING_TO_DO and not file.exists()
     finally:
         for process in started:
             if process.poll() is None:

@@ -103,9 +103,9 @@ class Deployment(Noun):
         "Another version at the same address."
         return deploy(model, name=self.name, why=why, force=force)
 
-    def traffic(self, split: Mapping[str, float], *, why: str = "") -> Deployment:
-        "Share the requests between versions, such as {'champion': 90, 'challenger': 10}."
-        return traffic(self.name, dict(split), why=why)
+    def traffic(self, split: Mapping[str, float], *, shadow: str = "", why: str = "") -> Deployment:
+        "Share the requests between versions, such as {'champion': 90, 'challenger': 10}; in the same step perhaps choose the shadow."
+        return traffic(self.name, dict(split), shadow=shadow, why=why)
 
     def shadow(self, selector: str, *, why: str = "") -> Deployment:
         "Send a version copies of the requests and discard its answers; an empty name ends that."
@@ -161,6 +161,8 @@ def wanted_of(model: object, name: str, to: str, traffic: Mapping | None, shadow
         raise Invalid(f"{replicas} replicas cannot be had; expected 1 or more, or 0 to keep what there is.")
     section, before = settings.deploy.get(name, DeploySection()), before_of(name) or {}
     target = target_named(to or (section.target if "target" in section.model_fields_set else before.get("target", "local")), settings)
+    if section.cert and target.name != "local":
+        raise Invalid(f"[deploy.{name}] cert is for deployments on this machine; {target.name} wants TLS from what stands before its containers, so take cert out, or deploy to local.")
     require_able(target, *(ability for ability, asked in (("traffic", traffic and len(traffic) > 1), ("shadow", shadow), ("autoscale", autoscale), ("scale", replicas > 1)) if asked))
     wanted = Wanted(name, str(Address.parse(address)), found, section=section, force=force, port=port, shadow=shadow.removeprefix(f"{found.name}@"),
                     replicas=replicas or before.get("replicas", 1), autoscale=autoscale or before.get("autoscale") or None,
@@ -186,7 +188,7 @@ def deploy(
     *,
     name: str = "",  # the deployment's name; the model's own when left out
     to: str = "",  # local, docker, compose, kubernetes, kserve, or a [deploy.NAME] section; where it is already, or local
-    traffic: dict | None = None,  # percent by version: champion=90 challenger=10 (as options: one --traffic for each)
+    traffic: dict | None = None,  # percent by version: champion=90 challenger=10
     shadow: str = "",  # a version that gets copies of the requests
     replicas: int = 0,  # how many; 0 keeps what there is
     autoscale: dict | None = None,  # bounds for a target that scales by itself: min, max, and cpu or requests_per_s
@@ -264,19 +266,22 @@ def traffic(
     shadow: str = "",  # a version that gets copies of the requests; left out, the shadow stays as it is
     why: str = "",  # for the history
 ) -> Deployment:
-    "Share a deployment's requests between versions."
-    split, versions = arms(Address.parse(record_of(name)["model"]).name, split, shadow)
+    "Share a deployment's requests between versions, and perhaps choose its shadow: one step, which one rollback undoes."
+    model = Address.parse(record_of(name)["model"]).name
+    shadow = shadow.removeprefix(f"{model}@")
+    split, versions = arms(model, split, shadow)
     for one in versions.values():
         gate(one)
-    after = changed(name, ("traffic",), why, lambda target, record: target.traffic(record, split), f"traffic {', '.join(f'{one} {percent:g}%' for one, percent in split.items())}")
-    return shadowed(name, shadow, why=why) if shadow else after
+    summary = f"traffic {', '.join(f'{one} {percent:g}%' for one, percent in split.items())}{f', shadow {shadow}' if shadow else ''}"
+    return changed(name, ("traffic", *(["shadow"] if shadow else [])), why, lambda target, record: target.traffic(record, split, shadow or None), summary)
 
 
 def shadowed(name: str, selector: str, *, why: str = "") -> Deployment:
     "Send a version copies of a deployment's requests."
     model = Address.parse(record_of(name)["model"]).name
     selector = selector.removeprefix(f"{model}@")
-    arms(model, {selector: 100} if selector else {"1": 100})
+    if selector:
+        arms(model, {selector: 100})
     return changed(name, ("shadow",), why, lambda target, record: target.shadow(record, selector), f"shadow {selector}" if selector else "no shadow")
 
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from mlops_nb.serve.journal import Entry
 
 # %% auto #0
-__all__ = ['STARTED', 'created', 'alive', 'stop', 'meeting_place', 'door_at', 'hand_on', 'take', 'remembering', 'asked_to_stop',
-           'Supervisor', 'main', 'Candidate', 'start']
+__all__ = ['STARTED', 'created', 'alive', 'stop', 'meeting_place', 'door_at', 'hand_on', 'take', 'remembering', 'alarm',
+           'asked_to_stop', 'Supervisor', 'main', 'Candidate', 'start']
 
 # %% ../../nbs/deploy/local.ipynb #55f5b32b
 STARTED: dict[int, subprocess.Popen] = {}  # our own children, so that they can be reaped
@@ -135,6 +135,30 @@ def remembering(
 
     return write
 
+
+def alarm(
+    order: Mapping,  # what is served: project, name, plan
+) -> Callable[[], None]:  # looks, and raises an alert for each withdrawal since the last look
+    "Who raises an alert when a canary takes a version out of the traffic: once, as it is one revision of the plan for all workers."
+    from mlops_nb.monitor.alerts import alert
+    from mlops_nb.serve.plan import Watched, withdrawals
+
+    watched = Watched(order["plan"])
+    seen = watched.plan.revision if watched.plan else 0
+
+    def look() -> None:
+        nonlocal seen
+        watched.changed()
+        if not watched.plan or watched.plan.revision <= seen:
+            return
+        for one in withdrawals(order["plan"], seen):
+            with in_project(order["project"]):
+                alert(f"a canary of {order['name']} was withdrawn: {one['why'] or one['version']}", subject=order["name"])
+            seen = one["revision"]  # so that one that could not be written is tried again
+        seen = max(seen, watched.plan.revision)
+
+    return look
+
 # %% ../../nbs/deploy/local.ipynb #e44dec9d
 def asked_to_stop(pool: Pool) -> list[int]:
     "A list that gets the signals which ask this process to stop; they wake the pool."
@@ -158,7 +182,7 @@ class Supervisor:
         line: socket.socket | None = None,  # to the process that deploys
     ):
         self.order, self.line, self.pool, self.told, self.noted = order, line, Pool(order, order["workers"]), [], None
-        self.stopped = asked_to_stop(self.pool)
+        self.stopped, self.alarm = asked_to_stop(self.pool), alarm(order)
         if line:
             self.pool.watched[line.fileno()] = lambda: self.told.append(hear(line))
 
@@ -194,20 +218,24 @@ class Supervisor:
         self.trial.close()
         self.pool.run_until(self.over)
 
-    def over(self) -> bool:
-        "Whether it is to stop; on the way, how often workers were started again is written down."
-        now = {"workers": len(self.pool.held), "restarts": self.pool.restarts}
-        if now != self.noted:
-            self.noted = now
-            with suppress(MlopsError):
-                write_json(f"{self.order['plan']}.workers", now)
-        return bool(self.stopped)
-
     def end(self) -> None:
         "Let the workers finish, and close the door."
         if hasattr(self, "place"):
             self.place.unlink(missing_ok=True)
         self.pool.drain()
+
+# %% ../../nbs/deploy/local.ipynb #c8a7d0e4
+def over(self: Supervisor) -> bool:
+    "Whether it is to stop; on the way, withdrawals become alerts, and how often workers were started again is written down."
+    with suppress(MlopsError):
+        self.alarm()
+        if (now := {"workers": len(self.pool.held), "restarts": self.pool.restarts}) != self.noted:
+            write_json(f"{self.order['plan']}.workers", now)
+            self.noted = now
+    return bool(self.stopped)
+
+
+Supervisor.over = over
 
 # %% ../../nbs/deploy/local.ipynb #9454af1e
 def main(

@@ -85,7 +85,8 @@ async def infer(desk: Desk, call: Call) -> Reply:
         wish = v2.parse_infer(body, call.header(b"inference-header-content-length") or None, columns=columns)
         return wish.table
 
-    answer = await asked(desk, call, parse, model=model, version=version)
+    await desk.endpoint.parsed(parse, call.body)
+    answer = await asked(desk, call, lambda body: wish.table, model=model, version=version, explain=wish.explain, top=wish.top)
     body, header_length = v2.infer_answer(wish, answer)
     if header_length is None:
         return Reply(body)
@@ -93,10 +94,12 @@ async def infer(desk: Desk, call: Call) -> Reply:
 
 # %% ../../nbs/serve/app.ipynb #bdb760dd
 async def health(desk: Desk, call: Call) -> Reply:
-    "GET /ping, /health: 200 while the models answer."
+    "GET /ping, /health: 200 while the models answer; with a token, what all workers together have answered."
     state = "stuck" if desk.endpoint.stuck else "draining" if desk.draining else "healthy"
-    facts = {"status": state} if call.grant is None else {"status": state, "model": desk.endpoint.served().address, "answered": desk.answered,
-                                                          "log_errors": desk.endpoint.journal.lost if desk.endpoint.journal else 0}
+    facts = {"status": state}
+    if call.grant is not None:
+        alone = {"answered": desk.answered, "log_errors": desk.endpoint.journal.lost if desk.endpoint.journal else 0}
+        facts |= {"model": desk.endpoint.served().address, **(await asyncio.to_thread(desk.metrics.totals) if desk.metrics else alone)}
     return Reply(encoded(facts), 503 if state == "stuck" else 200)
 
 

@@ -15,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlops_nb.core.errors import MlopsError
 from mlops_nb.core.files import disk_faults, locked
 
 if TYPE_CHECKING:
@@ -340,8 +341,7 @@ def page_of(
     "The figures of all workers in Prometheus' text format."
     from prometheus_client import CollectorRegistry, generate_latest
 
-    metrics.flush()
-    total, living = gathered(metrics.shared) if metrics.shared else alone(metrics)
+    total, living = together(metrics)
 
     class Collector:
         def collect(self) -> Iterator[Metric]:
@@ -356,3 +356,21 @@ def alone(metrics: Metrics) -> tuple[dict, dict]:
     "As `gathered`, for a server that is one process."
     state = state_of(metrics)
     return added([state]), {f"{os.getpid()}-": state}
+
+
+def together(metrics: Metrics) -> tuple[dict, dict]:
+    "The counters of all workers, and the states of those that live; this worker's own are never old."
+    metrics.flush()
+    return gathered(metrics.shared) if metrics.shared else alone(metrics)
+
+
+def totals(self: Metrics) -> dict[str, int]:
+    "How many requests all workers answered and how many answered rows they could not log, those that ended too; this worker's own when their folder cannot be read."
+    try:
+        total, _ = together(self)
+    except (MlopsError, OSError):
+        total, _ = alone(self)
+    return {"answered": sum(row[3] for row in total["answered"]), "log_errors": sum(n for log, n in total["log_errors"] if log == "predictions")}
+
+
+Metrics.totals = totals

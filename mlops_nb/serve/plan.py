@@ -19,7 +19,8 @@ from .model_plan import ModelPlan, entry_from, selector_of, shares_of
 
 # %% auto #0
 __all__ = ['KEPT', 'Plan', 'plan_from', 'planned', 'stored', 'read_plan', 'said_by', 'changed', 'write_plan', 'change', 'split',
-           'shadow', 'entry_in', 'restorable', 'rollback', 'withdraw', 'differences', 'history', 'Watched']
+           'shadow', 'entry_in', 'restorable', 'rollback', 'withdraw', 'differences', 'history', 'withdrawals',
+           'Watched']
 
 # %% ../../nbs/serve/plan.ipynb #d3491675
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def stored(path: Path | str) -> dict:
     try:
         plan = plan_from(facts)
         earlier = [{**one, "models": plan_from(one).facts["models"]} for one in facts.get("history", [])]
-        return {**plan.facts, **{name: facts[name] for name in ("restores",) if isinstance(facts.get(name), Mapping)}, "history": earlier}
+        return {**plan.facts, **{name: facts[name] for name in ("restores", "withdraws") if isinstance(facts.get(name), Mapping)}, "history": earlier}
     except (Invalid, NotFound, TypeError, AttributeError) as error:
         raise Invalid(f"the plan {path} cannot be followed: {error}") from error
 
@@ -184,13 +185,15 @@ def split(
     model: str,  # which model
     traffic: Mapping[str, float],  # percent by version, such as {"champion": 90, "challenger": 10}
     *,
+    shadow: str | None = None,  # the version that gets copies of all requests; "" ends it, None leaves it as it is
     by: str = "",  # who
     why: str = "",  # why
     expected_revision: int | None = None,  # the revision this was decided for
 ) -> Plan:
-    "Share the traffic of a model between versions."
+    "Share the traffic of a model between versions, and choose its shadow in the same revision."
     read_plan(path).of(model)
-    return change(path, model, traffic=traffic, by=by, why=why, expected_revision=expected_revision)
+    copied = {} if shadow is None else {"shadow": shadow, "shadow_percent": 100}
+    return change(path, model, traffic=traffic, **copied, by=by, why=why, expected_revision=expected_revision)
 
 
 def shadow(
@@ -261,7 +264,7 @@ def withdraw(
             raise Conflict(f"{model}@{gone} is the only version with traffic, so it cannot be withdrawn; give another one a share first.")
         heir = entry.main if entry.main in kept else max(kept, key=lambda one: kept[one])
         kept[heir] += entry.traffic.get(gone, 0)
-        return before.with_model(replace(entry, traffic=kept, shadow="" if entry.shadow == gone else entry.shadow)), {}
+        return before.with_model(replace(entry, traffic=kept, shadow="" if entry.shadow == gone else entry.shadow)), {"withdraws": {model: gone}}
 
     read_plan(path)
     return changed(path, make, by=by, why=why, expected_revision=expected_revision)
@@ -287,6 +290,17 @@ def history(
         change = "; ".join(differences(plans[i + 1], plans[i])) if known_before else "(what was before is not kept)"
         rows.append({"revision": one["revision"], "at": one["at"], "by": one["by"], "why": one["why"], "change": change, "models": one["models"]})
     return rows
+
+
+def withdrawals(
+    path: Path | str,  # the plan file
+    since: int = 0,  # only after this revision
+) -> list[dict]:  # the oldest first: revision, at, by, why, version
+    "Each time that an alarm took a version out of the traffic; once, however many workers asked for it."
+    facts = stored(path)
+    revisions = sorted([facts, *facts["history"]], key=lambda one: one["revision"])
+    return [{**{name: one[name] for name in ("revision", "at", "by", "why")}, "version": f"{model}@{selector}"}
+            for one in revisions if one["revision"] > since for model, selector in (one.get("withdraws") or {}).items()]
 
 # %% ../../nbs/serve/plan.ipynb #731dc9f7
 class Watched:

@@ -261,7 +261,7 @@ def serve(
     host: str = "127.0.0.1",  # the address to listen on; loopback unless you say otherwise
     port: int = 8000,  # the port; 0 picks a free one
     workers: int = 0,  # processes that answer; one a core when left out
-    traffic: dict[str, str] | None = None,  # percent by version: champion=90 challenger=10 (as options: one --traffic for each)
+    traffic: dict[str, str] | None = None,  # percent by version: champion=90 challenger=10
     shadow: str = "",  # a version that gets a copy of each request
     key: str = "",  # a column; requests with the same value in it get the same version
     grpc: int = 0,  # also speak Open Inference over gRPC on this port
