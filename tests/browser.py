@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from mlops_nb.deploy.engine import free_port
 
 NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 PACKAGES = ("chromium", "fonts-dejavu-core")
@@ -101,7 +102,7 @@ def jupyter_lab(
     *,
     config: str = "",  # Python, run in the server as its configuration file
     env: dict[str, str] | None = None,  # added to the server's environment
-    timeout_s: float = 90,  # how long it may take to start
+    timeout_s: float = 300,  # how long it may take to start
 ) -> Iterator[Lab]:
     "Start JupyterLab on a free port with a home of its own; stop it, kernels and all, at the end."
     folders = {
@@ -119,9 +120,7 @@ def jupyter_lab(
     news.parent.mkdir(parents=True, exist_ok=True)
     news.write_text('{"fetchNews": "false"}')
     (folders["JUPYTER_CONFIG_DIR"] / "jupyter_server_config.py").write_text(config)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port("127.0.0.1")
     log = home / "jupyter.log"
     options = [
         "--no-browser",

@@ -2,7 +2,10 @@
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 PLACE = "MLOPS_TEST_PLACE"
 
@@ -13,7 +16,7 @@ def pytest_configure(config):
         for name, folder in (("XDG_RUNTIME_DIR", "run"), ("XDG_CACHE_HOME", "cache")):
             os.environ[name] = str(Path(os.environ[PLACE]) / folder)
             Path(os.environ[name]).mkdir(mode=0o700)
-        os.environ.setdefault("MLOPS_SNAPSHOT_S", "20")
+        os.environ.setdefault("MLOPS_SNAPSHOT_S", "120")  # long enough for a busy machine to come back to one
 
 
 def pytest_unconfigure(config):
@@ -21,3 +24,7 @@ def pytest_unconfigure(config):
         from mlops_nb.pipeline.warm import stop
 
         stop()
+        for one in psutil.process_iter(["name"]):
+            with suppress(psutil.Error):
+                if one.info["name"] == "mlops-snapshot" and one.environ().get("XDG_CACHE_HOME") == os.environ["XDG_CACHE_HOME"]:
+                    one.kill()

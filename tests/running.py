@@ -69,10 +69,10 @@ def answering_from(desk: Desk):
     thread = threading.Thread(target=lambda: asyncio.run(work()), daemon=True)
     thread.start()
     try:
-        assert ready.wait(20)
+        assert ready.wait(120)
         yield f"http://127.0.0.1:{port.getsockname()[1]}"
     finally:
         loop, stop = loops[0]
         loop.call_soon_threadsafe(stop.set)
-        thread.join(20)
+        thread.join(120)
         port.close()

@@ -81,7 +81,7 @@ def test_a_secret_mounted_for_our_group_opens(tmp_path, path, owner, mode, opens
             folder.chmod(0o755)
     code = (f"import os, sys\nfrom mlops_nb.serve.access import Tokens\nimport blake3\nos.setgid(10001); os.setuid(10001)\n"
             f"try: print(len(Tokens({str(path)!r}).known))\nexcept Exception as error: print(type(error).__name__)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == ("1" if opens else "Untrusted"), done.stderr
 
 
@@ -109,7 +109,7 @@ def test_times_to_expire():
 def test_many_processes_add_at_once(path):
     code = "import sys; from mlops_nb.serve.access import add_token; [add_token(sys.argv[1], f'{sys.argv[2]}-{n}') for n in range(8)]"
     running = [subprocess.Popen([sys.executable, "-c", code, str(path), f"p{n}"]) for n in range(3)]
-    assert [one.wait(60) for one in running] == [0, 0, 0]
+    assert [one.wait(300) for one in running] == [0, 0, 0]
     assert len(records(path)) == 24 and len(Tokens(path).known) == 24
     assert {one.name for one in path.parent.iterdir()} <= {"tokens.json", ".tokens.json.lock"}
 
@@ -171,25 +171,27 @@ def within(seconds: float, true) -> bool:
 def test_a_running_server_follows_the_file(path):
     tokens = Tokens(path)  # not there yet
     first = add_token(path, "a").encode()
-    assert within(10, lambda: tokens.grant(first))
+    assert within(60, lambda: tokens.grant(first))
     second = rotate_token(path, "a", grace_s=3600).encode()
-    assert within(10, lambda: tokens.grant(second)) and tokens.grant(first), "the old token is valid in its grace time"
+    assert within(60, lambda: tokens.grant(second)) and tokens.grant(first), "the old token is valid in its grace time"
     third = rotate_token(path, "a", grace_s=3600).encode()
-    assert within(10, lambda: tokens.grant(third)) and tokens.grant(second) and tokens.grant(first), "which a later rotation does not end"
+    assert within(60, lambda: tokens.grant(third)) and tokens.grant(second) and tokens.grant(first), "which a later rotation does not end"
     leaked, third = third, rotate_token(path, "a", grace_s=0).encode()
-    assert within(10, lambda: tokens.grant(third)) and not any(map(tokens.grant, (first, second, leaked))), "unless it is to end everything at once"
+    assert within(60, lambda: tokens.grant(third)) and not any(map(tokens.grant, (first, second, leaked))), "unless it is to end everything at once"
     revoke_token(path, "a")
-    assert within(10, lambda: tokens.grant(third) is None) and tokens.grant(first) is None
+    assert within(60, lambda: tokens.grant(third) is None) and tokens.grant(first) is None
 
 
-def test_grace_and_expiry_end_by_themselves(path):
+def test_grace_and_expiry_end_by_themselves(path, monkeypatch):
     first = add_token(path, "a").encode()
-    second = rotate_token(path, "a", grace_s=2).encode()
-    tokens = Tokens(path)
+    second = rotate_token(path, "a", grace_s=600).encode()
+    tokens, now = Tokens(path), time.time
     assert tokens.grant(first) and tokens.grant(second)
-    assert within(10, lambda: tokens.grant(first) is None) and tokens.grant(second)
+    with monkeypatch.context() as later:
+        later.setattr(time, "time", lambda: now() + 601)
+        assert tokens.grant(first) is None and tokens.grant(second)
     edited(path, a={"expires_at": "2001-01-01T00:00:00Z"})
-    assert within(10, lambda: tokens.grant(second) is None)
+    assert within(60, lambda: tokens.grant(second) is None)
 
 
 def test_a_rotated_token_lives_as_long_as_the_old_one_was_made_for(path):
@@ -352,13 +354,13 @@ def spend(limits, passed):
 
 @posix
 def test_forked_workers_share_a_limit():
-    limits, fork = RateLimits(1, 60), multiprocessing.get_context("fork")
+    limits, fork = RateLimits(1, 60, clock=lambda: 1e6), multiprocessing.get_context("fork")
     passed = fork.Value("i", 0)
     running = [fork.Process(target=spend, args=(limits, passed)) for _ in range(3)]
     for one in running:
         one.start()
     for one in running:
-        one.join(60)
+        one.join(300)
     assert 60 <= passed.value <= 75, "one bucket of 60, not three; a race may let few more pass"
 
 
@@ -443,6 +445,6 @@ def test_a_checked_certificate_serves_a_real_client(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         served = threading.Thread(target=lambda: context.wrap_socket(listener.accept()[0], server_side=True).sendall(b"hello"))
         served.start()
-        with ssl.create_default_context(cafile=cert).wrap_socket(socket.create_connection(listener.getsockname(), 10), server_hostname="localhost") as client:
+        with ssl.create_default_context(cafile=cert).wrap_socket(socket.create_connection(listener.getsockname(), 120), server_hostname="localhost") as client:
             assert client.recv(5) == b"hello"
         served.join(10)

@@ -242,7 +242,7 @@ bundled = bundles_in({str(bundled.folder)!r})[0]
 vouched(bundled, [bundled.digest])
 print(load_bundle(bundled).predict(pd.DataFrame(bundled.example["data"], columns=bundled.example["columns"])).tolist())
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert out.returncode == 0, out.stderr
     assert out.stdout.strip() == str(made[1].predict(frame.head(3)).tolist())
 

@@ -103,7 +103,7 @@ def test_an_export_that_is_killed_leaves_no_file(ann, tmp_path):
         save(table(), "orders")
     code = "import os, signal, sys\nfrom mlops_nb.data import bundles\nbundles.place = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\nbundles.export('orders', sys.argv[1])"
     target = tmp_path / "out" / "orders.zip"
-    assert subprocess.run([sys.executable, "-c", code, str(target)], cwd=ann, env={**os.environ, "MLOPS_PROJECT": str(ann)}, timeout=120).returncode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", code, str(target)], cwd=ann, env={**os.environ, "MLOPS_PROJECT": str(ann)}, timeout=600).returncode == -signal.SIGKILL
     assert not target.exists()
     with in_project(ann):
         export("orders", str(target))

@@ -21,6 +21,7 @@ from mlops_nb.data.versions import place_of
 from mlops_nb.pipeline import code
 from mlops_nb.pipeline.cache import Earlier, Found, Present, because, changed_cells, completed, differences, find, packages_file
 from mlops_nb.pipeline.code import cell_digests, code_digest, distributions, environment, files, libraries, project_modules, remembering
+from mlops_nb.pipeline.flow import Decision, take_over
 
 
 v4 = nbformat.v4
@@ -338,11 +339,18 @@ def frame(n=3):
     return pd.DataFrame({"a": range(n)})
 
 
+def taken_over(found):
+    row = {"step": STEP}
+    take_over(row, Decision(str(found), found.row, found.run))
+    return row
+
+
 def test_the_same_again_is_cached_and_linked(one):
     assert str(one.ask()) == "it has never run"
     number = one.go(outputs={"a": 1})
     found = one.ask()
-    assert found and found.run == number and found.linked["cached_from"] == number and found.linked["verdict"] == "cached" and found.linked["outputs"] == {"a": 1}
+    row = taken_over(found)
+    assert found and found.run == number and row["cached_from"] == number and row["verdict"] == "cached" and row["outputs"] == {"a": 1}
     assert one.ask(C=1.0), "the default given is the default"
     assert one.ask(C=0.5).reasons == ("C = 0.5 replaced 1.0",)
 
@@ -350,7 +358,7 @@ def test_the_same_again_is_cached_and_linked(one):
 def test_a_cached_row_leads_back_to_the_run_that_did_the_work(one):
     number = one.go(outputs={"a": 1})
     for later in range(3):
-        row = {"step": STEP, **one.ask().linked}
+        row = taken_over(one.ask())
         one.records.insert(0, {"id": f"later{later}", "source": "pipeline.toml", "status": "passed", "steps": [row]})
         assert one.ask().run == number
 

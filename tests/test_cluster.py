@@ -102,10 +102,10 @@ class Cluster:
                    *options, environment=environment, before=before)
 
     def names(self):
-        self.client = self.client or distributed.Client(self.address, set_as_default=False, timeout=30)
+        self.client = self.client or distributed.Client(self.address, set_as_default=False, timeout=120)
         return {one["name"]: address for address, one in self.client.scheduler_info(n_workers=-1)["workers"].items()}
 
-    def wait(self, what, timeout_s=60):
+    def wait(self, what, timeout_s=300):
         deadline = time.monotonic() + timeout_s
         while not (found := what()):
             assert time.monotonic() < deadline, {path.name: path.read_text()[-2000:] for path in self.folder.glob("*.log")}
@@ -124,6 +124,11 @@ class Cluster:
         for process in self.processes.values():
             process.kill()
             process.wait()
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    monkeypatch.setattr(cluster, "CONNECT_S", 120)
 
 
 @pytest.fixture(scope="module")
@@ -259,12 +264,12 @@ def test_a_step_that_is_stopped_leaves_no_process(near, shop):
     notebook(shop, f"import os, time\nopen({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{os.getppid()}}')\ntime.sleep(600)")
 
     def watch(event):
-        threading.Thread(target=lambda: (near.wait(pids.exists), time.sleep(0.3), stop.set())).start() if event.get("cell") == 2 else None
+        threading.Thread(target=lambda: (near.wait(lambda: len(pids_in(pids)) == 2), stop.set())).start() if event.get("cell") == 2 else None
 
     job = job_of(shop)
     result, _ = run(job, near, on_event=watch, stop=stop)
     assert result["verdict"] == "interrupted" and (Path(job["folder"]) / "step.ipynb").exists()
-    near.wait(lambda: not any(map(alive, map(int, pids.read_text().split()))))
+    near.wait(lambda: not any(map(alive, pids_in(pids))))
     assert run(job, near, stop=stop)[0]["verdict"] == "interrupted", "stopped before it began"
 
 
@@ -355,9 +360,10 @@ def test_a_scheduler_that_dies_while_a_step_runs(own, shop, monkeypatch, capfd):
 
 def test_what_a_cluster_must_have(own, shop, monkeypatch):
     notebook(shop, "1")
-    monkeypatch.setattr(cluster, "CONNECT_S", 2)
+    monkeypatch.setattr(cluster, "CONNECT_S", 8)
     with pytest.raises(Unavailable, match="has no workers; start one with `dask worker tcp://"):
         run(job_of(shop), own)
+    monkeypatch.setattr(cluster, "CONNECT_S", 120)
     own.begin("a", "--resources", "GPU=1", "--memory-limit", "2GB")
     own.wait(own.names)
     with pytest.raises(Invalid, match=r"no worker of the cluster has gpus = 2 \(they declare GPU=1\)"):
@@ -369,6 +375,7 @@ def test_what_a_cluster_must_have(own, shop, monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         own.address = f"tcp://127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setattr(cluster, "CONNECT_S", 2)
         with pytest.raises(Unavailable, match="does not answer"):
             run(job_of(shop), own)
 

@@ -25,6 +25,7 @@ from mlops_nb.core.errors import Conflict, Invalid, NotFound, Unavailable
 from mlops_nb.deploy.context import CMD, ENTRYPOINT, build_context, checked, dockerfile, inspected, read_context
 from mlops_nb.deploy.requirements import modules_in, needed, our_wheel, packed, pinned, repacked, requirements_of, serving, without_index
 from mlops_nb.model.registry import register
+from mlops_nb.monitor.predictions import PredictionLog
 from mlops_nb.serve.bundle import write_bundle
 
 ROWS = pd.DataFrame({"pieces": [2.0, 30.0, 8.0, 1.0], "price": [1.5, 3.75, 2.0, 9.0]})
@@ -303,13 +304,12 @@ def started(context, python, tmp_path, **environment):
 
 
 def free():
-    import socket
+    from mlops_nb.deploy.engine import free_port
 
-    with socket.create_server(("127.0.0.1", 0)) as port:
-        return port.getsockname()[1]
+    return free_port("127.0.0.1")
 
 
-def got(url, body=None, patience_s=40, process=None, **headers):
+def got(url, body=None, patience_s=300, process=None, **headers):
     "Status and body, asked again until somebody answers, or the process that should has ended."
     import time
     from urllib.error import HTTPError, URLError
@@ -330,7 +330,7 @@ def got(url, body=None, patience_s=40, process=None, **headers):
 
 ROW = json.dumps({"instances": [[2.0, 1.5]]}).encode()
 PLACES = {
-    "docker": ({"MLOPS_TOKEN": "t0ken-of-the-test-1234567890", "MLOPS_PORT": "{port}", "MLOPS_HOST": "127.0.0.1"}, "/ping", "/invocations", ROW, {"Authorization": "Bearer t0ken-of-the-test-1234567890"}),
+    "docker": ({"MLOPS_TOKEN": "t0ken-of-the-test-1234567890", "MLOPS_PORT": "{port}", "MLOPS_HOST": "127.0.0.1", "MLOPS_PREDICTIONS": "{log}", "MLOPS_RATE_PER_S": "1000", "MLOPS_ORIGINS": "https://shop.example"}, "/ping", "/invocations", ROW, {"Authorization": "Bearer t0ken-of-the-test-1234567890"}),
     "sagemaker": ({"SAGEMAKER_BIND_TO_PORT": "{port}", "MLOPS_AUTH": "platform", "MLOPS_HOST": "127.0.0.1"}, "/ping", "/invocations", b"2.0,1.5\n", {"Content-Type": "text/csv", "Accept": "application/json"}),
     "vertex": ({"AIP_HTTP_PORT": "{port}", "AIP_HEALTH_ROUTE": "/alive", "AIP_PREDICT_ROUTE": "/v1/predict", "AIP_STORAGE_URI": "", "MLOPS_AUTH": "platform", "MLOPS_HOST": "127.0.0.1"}, "/alive", "/v1/predict", ROW, {}),
 }
@@ -342,8 +342,9 @@ def test_the_entry_point_answers_in_a_clean_environment(image, tmp_path, place):
     "The proof of the image's content: nothing is installed but what the context names, and it answers as SageMaker, Vertex AI and docker ask."
     context, python, expected = image
     environment, ping, predict, body, headers = PLACES[place]
-    port = free()
-    process, given = started(context, python, tmp_path, MLOPS_WORKERS="1", **{name: value.format(port=port) for name, value in environment.items()})
+    port, log = free(), tmp_path / "predictions"
+    log.mkdir()
+    process, given = started(context, python, tmp_path, MLOPS_WORKERS="1", **{name: value.format(port=port, log=log) for name, value in environment.items()})
     try:
         try:
             assert got(f"http://127.0.0.1:{port}{ping}", process=process)[0] == 200
@@ -353,13 +354,14 @@ def test_the_entry_point_answers_in_a_clean_environment(image, tmp_path, place):
         assert status == 200, (answer, (tmp_path / "log").read_text())
         assert float(re.search(rb"-?\d+\.\d+(e-?\d+)?", answer)[0]) == pytest.approx(expected[1])  # the newest of the two versions inside
         probe = json.loads(re.search(r"HEALTHCHECK .* CMD (.*)", (context.folder / "Dockerfile").read_text())[1])
-        health = {**given, **{name: value.format(port=port) for name, value in environment.items()}}
-        assert subprocess.run([str(python), *probe[1:]], env=health, capture_output=True, timeout=30).returncode == 0
+        health = {**given, **{name: value.format(port=port, log=log) for name, value in environment.items()}}
+        assert subprocess.run([str(python), *probe[1:]], env=health, capture_output=True, timeout=120).returncode == 0
         if place == "docker":
             assert got(f"http://127.0.0.1:{port}{predict}", body, **{"Content-Type": "application/json"})[0] == 401
         process.terminate()  # what SageMaker and docker stop send
-        assert process.wait(30) == 0, (tmp_path / "log").read_text()
-        assert subprocess.run([str(python), *probe[1:]], env=health, capture_output=True, timeout=30).returncode != 0
+        assert process.wait(120) == 0, (tmp_path / "log").read_text()
+        assert subprocess.run([str(python), *probe[1:]], env=health, capture_output=True, timeout=120).returncode != 0
+        assert list(PredictionLog(log).read()["prediction"]) == ([pytest.approx(expected[1])] if place == "docker" else [])  # what writes them down is in the image
     finally:
         process.kill()
         process.wait(10)

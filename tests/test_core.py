@@ -118,14 +118,14 @@ def test_a_damaged_file_is_named(tmp_path):
 
 def test_a_lock_is_released_when_its_holder_is_killed(tmp_path):
     lock = tmp_path / "run.lock"
-    code = f"import time\nfrom mlops_nb.core.files import locked\nwith locked({str(lock)!r}): print('held', flush=True); time.sleep(60)"
+    code = f"import time\nfrom mlops_nb.core.files import locked\nwith locked({str(lock)!r}): print('held', flush=True); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline().strip() == "held"
     with pytest.raises(Conflict, match="somebody is here"), locked(lock, timeout_s=0, message="somebody is here"):
         pass
     holder.kill()
     holder.wait()
-    with locked(lock, timeout_s=5):
+    with locked(lock, timeout_s=120):
         pass
 
 

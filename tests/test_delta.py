@@ -21,6 +21,7 @@ from mlops_nb.core.errors import Conflict, Invalid, NotFound, Unavailable
 from mlops_nb.core.settings import in_project, init
 from mlops_nb.data import delta
 from mlops_nb.data.tables import to_table
+from mlops_nb.deploy.engine import free_port
 
 deltalake = pytest.importorskip("deltalake")
 
@@ -269,8 +270,8 @@ def test_of_two_writers_at_once_each_lands_or_is_told(shop, there):
     ready, results = context.Barrier(2), context.Queue()
     writers = [context.Process(target=overwrite, args=(str(shop), "", seed, ready, results)) for seed in (1, 2)]
     [writer.start() for writer in writers]
-    outcomes = [results.get(timeout=120) for _ in writers]
-    [writer.join(60) for writer in writers]
+    outcomes = [results.get(timeout=600) for _ in writers]
+    [writer.join(120) for writer in writers]
     saved = [one for one in outcomes if one[0] == "saved"]
     assert saved and all("in the meantime" in one[2] for one in outcomes if one[0] == "conflict")
     assert len(delta.versions("s")) == len(saved) + there
@@ -463,15 +464,13 @@ def bucket(monkeypatch):
     """A bucket called lake on a real S3 API server (moto in server mode), in a process of its own: deltalake keeps Python's lock while it asks."""
     pytest.importorskip("moto")
     boto3 = pytest.importorskip("boto3")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port("127.0.0.1")
     url = f"http://127.0.0.1:{port}"
     for name, value in {"AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}.items():
         monkeypatch.setenv(name, value)
     server = subprocess.Popen([sys.executable, "-c", f"from moto.server import main; main(['-p', '{port}'])"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(600):
+        for _ in range(3000):
             with socket.socket() as knock:
                 if knock.connect_ex(("127.0.0.1", port)) == 0:
                     break

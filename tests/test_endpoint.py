@@ -109,7 +109,7 @@ async def asked_all_the_time(shop, clients=8, **more):
     await asyncio.gather(*tasks)
 
 
-async def until(happened, timeout_s=30):
+async def until(happened, timeout_s=120):
     async with asyncio.timeout(timeout_s):
         while not happened():
             await asyncio.sleep(0.005)
@@ -120,7 +120,7 @@ async def looked(shop):
 
 
 def run(test):
-    return asyncio.run(asyncio.wait_for(test, 60))
+    return asyncio.run(asyncio.wait_for(test, 300))
 
 
 # ---------------------------------------------------------------- swaps
@@ -147,7 +147,7 @@ def test_who_asked_before_the_swap_is_answered_by_whom_he_asked():
         shelf = Shelf()
         shop = Shop(shelf=shelf)
         shop.endpoint.loop = asyncio.get_running_loop()
-        shop.endpoint.served().estimator.does = lambda rows: go.wait(30)
+        shop.endpoint.served().estimator.does = lambda rows: go.wait(300)
         old = asyncio.ensure_future(shop.ask(5))
         await asyncio.sleep(0.05)
         shelf.set(champion=2)
@@ -319,7 +319,7 @@ def test_a_key_stays_with_its_arm_and_shares_are_kept():
 
 
 def entries_of(journal, seen):
-    assert journal.close(30)
+    assert journal.close(120)
     return seen
 
 
@@ -334,13 +334,13 @@ def test_a_shadow_never_slows_or_fails_a_request_and_is_only_in_the_journal(faul
         if fault == "fails":
             shop.endpoint.served("m", "challenger").estimator.does = lambda rows: 1 / 0
         elif fault == "hangs":
-            shop.endpoint.served("m", "challenger").estimator.does = lambda rows: go.wait(30)
+            shop.endpoint.served("m", "challenger").estimator.does = lambda rows: go.wait(300)
         for i in range(30):
             assert (await shop.ask(i, request=str(i))).answers == [i + 10]
         go.set()
         shadow = shop.endpoint.served("m", "challenger").batcher
         await until(lambda: not shadow.busy)
-        await asyncio.sleep(0)
+        await until(lambda: journal.came == (60 if fault in ("none", "hangs") else 30))  # the last copy is put there just after its call
         entries = entries_of(journal, seen)
         assert [entry.request for entry in entries if not entry.shadow] == [str(i) for i in range(30)] and {entry.model for entry in entries if not entry.shadow} == {"m@1"}
         copies = [entry for entry in entries if entry.shadow]
@@ -405,7 +405,7 @@ def test_what_clients_do_wrong_is_not_held_against_a_version():
 
 def test_errors_keep_what_clients_sent_to_themselves(caplog):
     async def test():
-        shop = Shop(limits=Limits(queue=Queue(answer_s=0.2)))
+        shop = Shop()
 
         def fail(rows):
             raise ValueError(f"SECRET {rows}")
@@ -413,8 +413,8 @@ def test_errors_keep_what_clients_sent_to_themselves(caplog):
         with pytest.raises(Refused) as found:
             await shop.ask()
         assert "SECRET" not in str(found.value) + caplog.text and "test_endpoint.py" in caplog.text
-        go = threading.Event()
-        shop.endpoint.served().estimator.does = lambda rows: go.wait(30)
+        go, shop = threading.Event(), Shop(limits=Limits(queue=Queue(answer_s=0.2)))
+        shop.endpoint.served().estimator.does = lambda rows: go.wait(300)
         with pytest.raises(Late):
             await shop.ask()
         go.set()
@@ -432,9 +432,8 @@ def test_two_hundred_swaps_leave_no_model_and_no_thread_behind():
                 await looked(shop)
                 await until(lambda: len(answers) > seen + 4)
         await until(lambda: sum(thread.name == "predict" for thread in threading.enumerate()) <= before + 2)
-        await asyncio.sleep(0.05)
-        gc.collect()
-        assert len(shop.shelf.made) <= 3 and len(shop.shelf.loads) == 402
+        await until(lambda: (gc.collect(), len(shop.shelf.made) <= 3)[1])
+        assert len(shop.shelf.loads) == 402
     run(test())
 
 
@@ -443,7 +442,7 @@ def test_a_request_that_waits_keeps_its_version_alive_and_no_longer():
         shop, go = Shop(), threading.Event()
         shop.endpoint.loop = asyncio.get_running_loop()
         old = shop.endpoint.served()
-        old.estimator.does = lambda rows: go.wait(30)
+        old.estimator.does = lambda rows: go.wait(300)
         held = weakref.ref(old.estimator)
         coming = asyncio.ensure_future(shop.ask(1))
         await asyncio.sleep(0.05)
@@ -469,13 +468,13 @@ def test_a_slow_writer_gets_no_more_than_there_is_room_for():
     go, seen = threading.Event(), []
 
     def write(entries):
-        assert go.wait(30)
+        assert go.wait(300)
         seen.extend(entries)
     journal = Journal(write, capacity=100, pause_s=0)
     taken = [journal.put(entry(i, 10)) for i in range(50)]
     assert sum(taken) == 11 and taken == sorted(taken, reverse=True) and journal.lost == 390
     go.set()
-    assert journal.close(30) and [one.request for one in seen] == [str(i) for i in range(11)]
+    assert journal.close(120) and [one.request for one in seen] == [str(i) for i in range(11)]
 
 
 def test_a_writer_that_fails_is_asked_again_and_the_loss_counted(caplog):
@@ -488,13 +487,13 @@ def test_a_writer_that_fails_is_asked_again_and_the_loss_counted(caplog):
         seen.extend(entries)
     journal = Journal(write, pause_s=0)
     journal.put(entry(1, 3))
-    for _ in range(1000):
+    for _ in range(12_000):
         if journal.written == 3:
             break
         threading.Event().wait(0.01)
     assert journal.lost == 3 and "SECRET" not in caplog.text and "OSError" in caplog.text
     journal.put(entry(2))
-    assert journal.close(30) and seen[1:] == [entry(2)]
+    assert journal.close(120) and seen[1:] == [entry(2)]
 
 
 def test_closing_writes_all_that_waits_says_when_it_could_not_and_can_be_repeated():
@@ -503,8 +502,8 @@ def test_closing_writes_all_that_waits_says_when_it_could_not_and_can_be_repeate
     assert Journal(seen.extend).close()
     for i in range(12_000):
         journal.put(entry(i))
-    assert journal.close(30) and len(seen) == 12_000 and journal.close(30)
-    stuck = Journal(lambda entries: go.wait(30), pause_s=0)
+    assert journal.close(120) and len(seen) == 12_000 and journal.close(120)
+    stuck = Journal(lambda entries: go.wait(300), pause_s=0)
     stuck.put(entry(1))
     assert not stuck.close(0.1)
     go.set()

@@ -78,7 +78,7 @@ def test_the_gates_were_measured_against_baselines_in_both_protocols(world, firs
 
 def test_the_endpoint_answers_with_the_token_alone(world, first):
     url = next(row["url"] for row in mlops(world, "status")[1]["deployments"])
-    assert httpx.post(f"{url}/invocations", json={"dataframe_records": [{"CustomerID": 12347}]}).status_code == 401
+    assert httpx.post(f"{url}/invocations", json={"dataframe_records": [{"CustomerID": 12347}]}, timeout=120).status_code == 401
     code = ("import os; from mlops_nb.deploy.deployments import deployment; "
             "print(len(deployment('recommender').predict([{'CustomerID': 12347}], k=4)[0]))")
     folder, environment = world

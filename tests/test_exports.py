@@ -329,7 +329,7 @@ def schedule(**facts):
 def test_our_command_line_understands_what_the_tools_run():
     options = verb_parser(VERBS["schedule"]).parse_args([*command(task())[2:], "--due", "2026-11-23T05:00:00+00:00"])
     assert (options.action, options.what, options.name, options.cron, options.timezone) == ("once", "pipeline.toml:train", "weekly", "30 6 * * mon-fri", "Europe/Paris")
-    assert dict(options.params) == NASTY and options.due == "2026-11-23T05:00:00+00:00"
+    assert dict(pair for pairs in options.params for pair in pairs) == NASTY and options.due == "2026-11-23T05:00:00+00:00"
 
 
 def test_a_schedule_of_a_project_knows_the_rest(tmp_path, monkeypatch):

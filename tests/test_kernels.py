@@ -76,7 +76,7 @@ def test_a_kernel_that_dies_before_it_is_ready_is_noticed_at_once():
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="died"):
         run_with_broken_kernel()
-    assert time.monotonic() - began < 60  # nbclient's own limit, which is what it would take without
+    assert time.monotonic() - began < 300  # the limit, which is what it would take without
 
 
 def run_with_broken_kernel():
@@ -87,7 +87,7 @@ def run_with_broken_kernel():
             client = manager.client()
             client.start_channels()
             try:
-                await client.wait_for_ready(timeout=60)
+                await client.wait_for_ready(timeout=300)
             finally:
                 client.stop_channels()
                 await manager.shutdown_kernel(now=True)
@@ -140,12 +140,12 @@ def test_a_running_cell_can_be_interrupted():
             await manager.start_kernel(env=clean())
             client = manager.client()
             client.start_channels()
-            await client.wait_for_ready(timeout=60)
-            client.execute("import time\nprint('begun')\ntime.sleep(60)")
+            await client.wait_for_ready(timeout=300)
+            client.execute("import time\nprint('begun')\ntime.sleep(600)")
             while (await client.iopub_channel.get_msg())["msg_type"] != "stream":
                 pass
             await manager.interrupt_kernel()
-            while (reply := await client.shell_channel.get_msg(timeout=30))["msg_type"] != "execute_reply":
+            while (reply := await client.shell_channel.get_msg(timeout=300))["msg_type"] != "execute_reply":
                 pass
             await manager.shutdown_kernel()
             client.stop_channels()

@@ -67,7 +67,7 @@ def ask(tmp_path, monkeypatch):
         headers = {"Authorization": f"token {token}"} if token else {}
         fetch = AsyncHTTPClient().fetch
         answers = [
-            await fetch(url + path, method=method, headers=headers, allow_nonstandard_methods=True, raise_error=False, follow_redirects=False)
+            await fetch(url + path, method=method, headers=headers, allow_nonstandard_methods=True, raise_error=False, follow_redirects=False, connect_timeout=120, request_timeout=120)
             for method, path in requests
         ]
         server.stop()
@@ -236,7 +236,7 @@ def building(tmp_path):
             "    runpy.run_path('setup.py', run_name='__main__')"
         )
         return subprocess.run(
-            [sys.executable, "-c", code, "build_labext"], cwd=tmp_path, env={"PATH": str(programs), **env}, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", code, "build_labext"], cwd=tmp_path, env={"PATH": str(programs), **env}, capture_output=True, text=True, timeout=300
         )
 
     module.run = build

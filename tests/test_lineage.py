@@ -162,16 +162,16 @@ def test_blocks_in_threads_do_not_mix(orders):
 
     def work(address):
         with recording() as collected:
-            barrier.wait(timeout=60)
+            barrier.wait(timeout=300)
             load(address)
-            barrier.wait(timeout=60)
+            barrier.wait(timeout=300)
         found[address] = list(collected)
 
     threads = [threading.Thread(target=in_this_project(orders, work), args=(address,)) for address in ("orders@1", "orders@2")]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=120)
+        thread.join(timeout=600)
     assert found == {"orders@1": ["orders@1"], "orders@2": ["orders@2"]}
 
 
@@ -305,5 +305,5 @@ def test_lineage_needs_no_mlflow_and_no_pandas(orders):
             "with recording() as found: noted(version('orders@1'))\n"
             "assert list(found) == ['orders@1']; used_by('orders@1')\n"
             "assert not {'mlflow', 'pandas', 'numpy', 'pyarrow', 'sklearn'} & set(sys.modules), 'heavy'")
-    done = subprocess.run([sys.executable, "-c", code], cwd=orders, env=ENV, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=orders, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

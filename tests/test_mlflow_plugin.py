@@ -26,7 +26,7 @@ def mlflow(shop, tmp_path):  # noqa: F811
     environment = {**os.environ, "PYTHONPATH": path, "MLFLOW_DISABLE_TELEMETRY": "true"}
 
     def run(*words, code=0):
-        said = subprocess.run([sys.executable, *words], cwd=shop, env=environment, capture_output=True, text=True, timeout=240)
+        said = subprocess.run([sys.executable, *words], cwd=shop, env=environment, capture_output=True, text=True, timeout=900)
         assert said.returncode == code, said.stdout + said.stderr
         return said.stdout + said.stderr
 

@@ -77,8 +77,8 @@ def asked_for(page):  # noqa: F811
 
 
 def test_it_is_there_for_whoever_has_the_token_with_a_strict_policy(url):
-    assert httpx.get(f"{url}/").status_code == 401
-    got = httpx.get(f"{url}/", headers={"Authorization": PASSWORD})
+    assert httpx.get(f"{url}/", timeout=120).status_code == 401
+    got = httpx.get(f"{url}/", headers={"Authorization": PASSWORD}, timeout=120)
     assert got.status_code == 200 and got.headers["content-type"].startswith("text/html")
     policy = dict(part.split(" ", 1) for part in got.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'none'" and policy["connect-src"] == "'self'" and not {"unsafe-inline", "unsafe-eval"} & set(got.headers["content-security-policy"].split("'"))
@@ -91,7 +91,7 @@ def test_a_row_is_asked_and_explained(page, url):  # noqa: F811
     page.get_by_label("price, row 1").fill("20")
     page.check("#explain")
     answer = asked_for(page)
-    direct = httpx.post(f"{url}/models/orders/predict?explain=true", json=[{"pieces": 6, "price": 20, "country": "France", "gift": True}], headers={"Authorization": f"Bearer {TOKEN}"}).json()["records"][0]
+    direct = httpx.post(f"{url}/models/orders/predict?explain=true", json=[{"pieces": 6, "price": 20, "country": "France", "gift": True}], headers={"Authorization": f"Bearer {TOKEN}"}, timeout=120).json()["records"][0]
     assert answer.locator(".value").inner_text() == direct["prediction"]
     strongest = max(direct["explanation"]["contributions"].items(), key=lambda one: abs(one[1]))
     assert answer.locator(".bars .name").first.inner_text().startswith(f"{strongest[0]} = ") and answer.locator(".bars i").count() == 4
@@ -146,7 +146,7 @@ def test_what_a_model_says_is_text(page, url):  # noqa: F811
 def test_the_programs_do_what_the_page_does(page, url, name):  # noqa: F811
     opened(page, url)
     page.select_option("#model", label=name)
-    expected = httpx.post(f"{url}/models/{name}/predict", json=[dict(models()[name][2][0])], headers={"Authorization": f"Bearer {TOKEN}"}).json()
+    expected = httpx.post(f"{url}/models/{name}/predict", json=[dict(models()[name][2][0])], headers={"Authorization": f"Bearer {TOKEN}"}, timeout=120).json()
     env = {**os.environ, "MLOPS_TOKEN": TOKEN}
     words = shlex.split(page.locator("#curl").inner_text().replace("\\\n", " "))
     assert words[0] == "curl" and words[1] == f"{url}/models/{name}/predict" and json.loads(words[-1]) == {"records": [models()[name][2][0]]}

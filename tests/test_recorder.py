@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 
 from mlops_nb.core.errors import Unavailable
 from mlops_nb.core.settings import project
+from mlops_nb.deploy.engine import free_port
 from mlops_nb.model.backend import experiment_id, inputs_of, tagged, tracking
 from mlops_nb.model.tracking import track
 from mlops_nb.pipeline.history import folder_of, new_record, record, runs, save, sending, unsent
@@ -54,7 +54,7 @@ def artifacts(run, path=None):
         return {one.path for one in client.list_artifacts(run.info.run_id, path)}
 
 
-def wait_for(condition, timeout_s=180):
+def wait_for(condition, timeout_s=300):
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
         if found := condition():
@@ -212,7 +212,7 @@ def test_a_long_run_is_seen_while_it_goes_on(shop):  # noqa: F811
         wait_for(lambda: known(one["id"])[1]["prepare"].info.status == "FINISHED" and "train" in known(one["id"])[1])
         one["steps"][1]["verdict"] = "passed"
         save(one | {"status": "passed"})
-        assert child.wait(180) == 0
+        assert child.wait(300) == 0
     finally:
         child.kill()
     parent, steps, _ = known(one["id"])
@@ -231,7 +231,7 @@ def test_a_short_run_is_told_once_it_is_over_and_a_killed_one_as_killed(shop):  
             assert record(one["id"])["status"] == "running" and known(one["id"])[0] is None
             runner.kill()
             runner.wait()
-            assert child.wait(180) == 0
+            assert child.wait(300) == 0
         finally:
             child.kill()
     parent, steps, _ = known(one["id"])
@@ -246,7 +246,7 @@ def test_one_recorder_serves_all_runs_of_a_project(shop):  # noqa: F811
         wait_for(lambda: any(child.poll() == 0 for child in children))
         for one in (first, second):
             save(one | {"status": "passed", "steps": [one["steps"][0] | {"verdict": "passed"}]})
-        assert [child.wait(180) for child in children] == [0, 0]
+        assert [child.wait(300) for child in children] == [0, 0]
     finally:
         [child.kill() for child in children]
     for one in (waiting, first, second):
@@ -274,9 +274,9 @@ def test_notebooks_write_to_the_same_database_meanwhile(shop):  # noqa: F811
     writers = [in_background(code, shop, MLOPS_RUN=one["id"], MLOPS_STEP=f"step{i}", MLOPS_STEP_FOLDER=str(shop)) for i in range(2)]
     child = recorder(one["id"], shop, patience_s=0)
     try:
-        assert [writer.wait(180) for writer in writers] == [0, 0]
+        assert [writer.wait(300) for writer in writers] == [0, 0]
         save(one | {"status": "passed"})
-        assert child.wait(180) == 0
+        assert child.wait(300) == 0
     finally:
         [process.kill() for process in (*writers, child)]
     _, steps, others = known(one["id"])
@@ -300,9 +300,7 @@ class Server:
     "A real `mlflow server` on a free port, started and stopped by its process id."
 
     def __init__(self, folder, database):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port("127.0.0.1")
         self.uri, self.folder, self.process = f"http://127.0.0.1:{self.port}", folder, None
         (folder / "server").mkdir()
         (folder / "server" / "mlflow.db").write_bytes(Path(database).read_bytes())
@@ -315,7 +313,7 @@ class Server:
 
         def healthy():
             try:
-                return urllib.request.urlopen(f"{self.uri}/health", timeout=2).status == 200
+                return urllib.request.urlopen(f"{self.uri}/health", timeout=20).status == 200
             except OSError:
                 return False
 
@@ -342,7 +340,7 @@ def test_a_server_that_is_down_is_waited_for_and_told_later(shop, server, monkey
     monkeypatch.setitem(ENV, "MLOPS_TRACKING_URI", server.uri)
     lost = a_run(train={"verdict": "passed", "outputs": {"rows": 1}})
     child = recorder(lost["id"], shop, give_up_s=1)
-    assert child.wait(180) == 0, "it gives up in the end"
+    assert child.wait(300) == 0, "it gives up in the end"
     assert unsent() == [lost["id"]] and f"no MLflow server answers at {server.uri}" in runs().facts["summary"] and runs("last").passed
     with pytest.raises(Unavailable):
         send(lost["id"])
@@ -361,7 +359,7 @@ def test_a_server_that_is_down_is_waited_for_and_told_later(shop, server, monkey
         save(one | {"status": "passed"})
         assert record(one["id"])["status"] == "passed" and "1 run is not in MLflow yet" in runs().facts["summary"]
         server.start()
-        assert child.wait(180) == 0
+        assert child.wait(300) == 0
     finally:
         child.kill()
     parent, steps, _ = known(one["id"])
@@ -381,7 +379,7 @@ def test_a_project_that_is_gone_ends_its_recorder(shop):  # noqa: F811
     try:
         wait_for(lambda: sending(one["id"])["by"])
         shutil.rmtree(shop)
-        assert child.wait(180) == 0 and not shop.exists()
+        assert child.wait(300) == 0 and not shop.exists()
     finally:
         child.kill()
 

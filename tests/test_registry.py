@@ -35,6 +35,7 @@ from sklearn.tree import DecisionTreeClassifier
 from mlops_nb.core.errors import Conflict, Invalid, MlopsError, NotFound, Unavailable, Untrusted
 from mlops_nb.core.settings import in_project
 from mlops_nb.data.store import save
+from mlops_nb.deploy.engine import free_port
 from mlops_nb.model.backend import tracking
 from mlops_nb.model.registry import alias_history, attach, attached, load_model, model, model_versions, models, promote, register, summary, track
 from models import customers, database, new_shop, shop  # noqa: F401
@@ -347,8 +348,15 @@ def test_two_first_runs_at_once_and_in_silence(empty):
     assert not (empty / "mlruns").exists()
 
 
+NEVER_DONE = """
+import os, time
+real = os.replace
+os.replace = lambda new, file: time.sleep(600) if str(new).endswith("mlflow.db.new") else real(new, file)
+"""
+
+
 def test_a_killed_first_run_leaves_nothing_in_the_way(empty):
-    process = subprocess.Popen([sys.executable, "-c", TRAIN], cwd=empty, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", NEVER_DONE + TRAIN], cwd=empty, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     half = empty / ".mlops" / "mlflow.db.new"
     while process.poll() is None and not (half.exists() and half.stat().st_size > 50_000):
         time.sleep(0.01)
@@ -408,9 +416,7 @@ def test_a_server_that_takes_the_call_and_says_nothing(shop, monkeypatch):  # no
 @pytest.fixture
 def server(tmp_path, database):  # noqa: F811
     """A real MLflow server with its own database and artifact store."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port("127.0.0.1")
     place = tmp_path / "server"
     place.mkdir()
     shutil.copy(database, place / "mlflow.db")
@@ -419,7 +425,7 @@ def server(tmp_path, database):  # noqa: F811
     path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with (place / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=place, env=ENV | path, stdout=log, stderr=log, start_new_session=True)
-    for _ in range(1200):
+    for _ in range(6000):
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
             break
@@ -428,7 +434,7 @@ def server(tmp_path, database):  # noqa: F811
             time.sleep(0.1)
     yield f"http://127.0.0.1:{port}"
     os.killpg(process.pid, signal.SIGTERM)
-    process.wait(timeout=30)
+    process.wait(timeout=120)
 
 
 def test_a_team_server_and_a_colleague(server, tmp_path, monkeypatch, fitted, empty):

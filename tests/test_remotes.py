@@ -221,7 +221,7 @@ setattr(owner, name, put)
 
 
 def killed(verb: str, folder: Path, url: str, stop: int, when: str) -> int:
-    return subprocess.run([sys.executable, "-c", KILLER, verb, url, str(stop), when], cwd=folder, env={**os.environ, "MLOPS_PROJECT": str(folder)}, capture_output=True, timeout=120).returncode
+    return subprocess.run([sys.executable, "-c", KILLER, verb, url, str(stop), when], cwd=folder, env={**os.environ, "MLOPS_PROJECT": str(folder)}, capture_output=True, timeout=300).returncode
 
 
 @pytest.mark.parametrize(("kind", "stop", "when"), [("folder", 1, "before"), ("folder", 2, "after"), ("folder", 5, "before"), ("s3", 3, "after"), ("s3", 1000, "manifest")])
@@ -364,7 +364,7 @@ def test_two_pushes_at_the_same_moment_lose_nothing(kind, at, people, tmp_path, 
 
     def together(*args):  # both have compared by now, and found nothing in their way
         done = real(*args)
-        meet.wait(60)
+        meet.wait(300)
         return done
 
     monkeypatch.setattr(remotes, "send", together)
@@ -583,11 +583,7 @@ def test_tags_travel_and_those_that_differ_are_kept_and_said(kind, at, people, m
 
 # ---------------------------------------------------------------- what a person is told
 def test_a_dead_server_is_one_sentence(cloud, people, monkeypatch):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with in_project(people("ann")):
         save(table(1), "orders")
         for verb in (lambda: push(to="s3://shop/data"), lambda: pull(from_="s3://shop/data")):

@@ -214,13 +214,13 @@ def test_the_event_loop_answers_while_a_model_thinks():
 
     def slow(rows):
         thinking.set()
-        assert go_on.wait(20)
+        assert go_on.wait(120)
         return [1]
 
     with client(slow) as asking:
         worker = threading.Thread(target=asking.post, args=("/predict",), kwargs={"json": [ROW]})
         worker.start()
-        assert thinking.wait(20) and asking.get("/health").status_code == 200
+        assert thinking.wait(120) and asking.get("/health").status_code == 200
         go_on.set()
         worker.join()
 
@@ -267,11 +267,11 @@ if __name__ == "__main__":
     process = subprocess.Popen([sys.executable, "shop.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     try:
         url = f"http://127.0.0.1:{int(process.stdout.readline())}"
-        with httpx.Client(trust_env=False, timeout=30, headers={"Authorization": f"Bearer {TOKEN}"}) as asking:
+        with httpx.Client(trust_env=False, timeout=120, headers={"Authorization": f"Bearer {TOKEN}"}) as asking:
             assert asking.post(f"{url}/predict", json=[{"a": 1}]).json()["records"] == [{"prediction": 1}]
             assert asking.post(f"{url}/predict", content=b"x" * 7_000_000, headers={"Content-Type": JSON}).status_code == 413
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0 and "Traceback" not in process.stderr.read()
+        assert process.wait(120) == 0 and "Traceback" not in process.stderr.read()
     finally:
         process.kill()
         process.communicate()

@@ -100,7 +100,7 @@ def pool(folder, *, workers=1, row_s=0.0, limits=None, files=0):
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(20)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()
@@ -122,7 +122,7 @@ def shop(tmp_path_factory):
         yield found
 
 
-def ask(port, body=RECORDS, path="/invocations", timeout=20, **headers):
+def ask(port, body=RECORDS, path="/invocations", timeout=120, **headers):
     "Status and JSON answer of one request on a connection of its own."
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     try:
@@ -156,11 +156,11 @@ def under(load):
         yield load
     finally:
         loop.call_soon_threadsafe(load.stop)
-        thread.join(30)
+        thread.join(120)
         loop.close()
 
 
-def wait_for(happened, timeout_s=30):
+def wait_for(happened, timeout_s=120):
     until = time.monotonic() + timeout_s
     while not happened():
         assert time.monotonic() < until, "it did not happen"
@@ -183,11 +183,11 @@ def test_ten_swaps_under_load_fail_no_request(shop):
 
 def test_an_overloaded_server_answers_what_it_can_and_sends_the_rest_away(tmp_path):
     with pool(tmp_path / "busy", row_s=0.002, limits={"queue": {"requests": 8}}) as busy:
-        load = asyncio.run(Load(busy.port, request("/invocations", RECORDS, AUTH), connections=80).run(1.5))
-        before = memory(busy)
-        again = asyncio.run(Load(busy.port, request("/invocations", RECORDS, AUTH), connections=80).run(1.5))
-        for one in (load, again):
-            assert set(one.statuses) == {200, 429} and not one.failures and not one.refused and not one.bare_429 and one.statuses[200] > 50
+        for turn in range(2):
+            with under(Load(busy.port, request("/invocations", RECORDS, AUTH), connections=80)) as load:
+                wait_for(lambda: load.statuses[200] > 400 and load.statuses[429] > 400)
+            before = before if turn else memory(busy)
+            assert set(load.statuses) == {200, 429} and not load.failures and not load.refused and not load.bare_429
         assert memory(busy) - before < 10 * MB and works(busy.port)
         calm = asyncio.run(Load(busy.port, request("/invocations", RECORDS, AUTH), connections=4).run(0.5))
         assert set(calm.statuses) == {200}
@@ -216,7 +216,7 @@ def test_a_killed_worker_takes_only_its_own_requests_with_it(tmp_path):
 
 def answered_by_new(found, survivors):
     "Whether a worker that was not there before answers a connection of ours."
-    connection = http.client.HTTPConnection("127.0.0.1", found.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", found.port, timeout=60)
     try:
         connection.request("GET", "/ping", headers=AUTH)
         assert connection.getresponse().read()
@@ -342,7 +342,7 @@ def test_a_server_out_of_file_descriptors_recovers(tmp_path):
 
 def answers_at_all(port):
     with suppress(OSError, http.client.HTTPException):
-        return ask(port, timeout=2)[0] == 200
+        return ask(port, timeout=20)[0] == 200
     return False
 
 
@@ -393,7 +393,7 @@ def spoilt(chance):
 
 
 def test_a_fuzz_of_bodies_gets_4xx_and_leaves_no_memory_behind(shop):
-    chance, answers, connection = random.Random(0), Counter(), http.client.HTTPConnection("127.0.0.1", shop.port, timeout=20)
+    chance, answers, connection = random.Random(0), Counter(), http.client.HTTPConnection("127.0.0.1", shop.port, timeout=120)
     for turn in range(4000):
         if turn == 1000:
             before = memory(shop)

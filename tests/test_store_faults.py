@@ -100,7 +100,7 @@ def verify(n=None):
 
 
 def forked(shop, script):
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS + script, str(shop)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS + script, str(shop)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 

@@ -123,7 +123,7 @@ for n in range(2):
             step = traces.begin("POST", "/predict")
             now = time.perf_counter()
             traces.ended(step, status=200, model="shelf@1", rows=1, batch=Batched(now - 0.002, now - 0.001, now, 1))
-        traces.end()
+        traces.end(120)
         os._exit(0)
 sys.exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)))
 """
@@ -134,7 +134,7 @@ def test_a_collector_gets_the_spans_of_all_workers(stub):
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     address, got = stub
-    ran = subprocess.run([sys.executable, "-c", FORKED, address], capture_output=True, text=True, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", FORKED, address], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0 and ran.stderr == "", ran.stderr
     assert {(path, kind) for path, kind, _ in got} == {("/v1/traces", "application/x-protobuf")}
     resources = [one for _, _, body in got for one in ExportTraceServiceRequest.FromString(body).resource_spans]
@@ -149,7 +149,7 @@ def test_a_collector_that_is_not_there_stops_nothing():
     "More spans than the queue holds, to a closed port: all of it ends soon, and the process too."
     code = ("import sys, logging, threading, time; logging.disable()\nfrom mlops_nb.serve.traces import traces_to\ntraces = traces_to('http://127.0.0.1:9', environment={})\n"
             "for _ in range(5000): traces.ended(traces.begin('POST', '/predict'), status=200)\ntraces.end(1)\nprint('ended')")
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert ran.stdout == "ended\n"
 
 

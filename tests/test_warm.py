@@ -28,7 +28,7 @@ from mlops_nb.pipeline.processes import start
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 ROOT = Path(__file__).parent.parent
-PATIENCE = 60
+PATIENCE = 300
 PROBE = '''
 import atexit, json, os, signal, sys, threading, time
 
@@ -99,13 +99,13 @@ def home(monkeypatch):
         (folder / name).mkdir(mode=0o700)
     for name in [name for name in os.environ if name.startswith("MLOPS_") or name in ("MPLBACKEND", "PYTHONPATH")]:
         monkeypatch.delenv(name)
-    wishes = {"XDG_RUNTIME_DIR": str(folder / "run"), "XDG_CACHE_HOME": str(folder / "cache"), "MLOPS_WARM_ALWAYS": "numpy", "MLOPS_WARM_WAIT_S": "120", "MLOPS_WARM": "1"}
+    wishes = {"XDG_RUNTIME_DIR": str(folder / "run"), "XDG_CACHE_HOME": str(folder / "cache"), "MLOPS_WARM_ALWAYS": "numpy", "MLOPS_WARM_WAIT_S": "300", "MLOPS_WARM": "1"}
     for name, value in wishes.items():
         monkeypatch.setenv(name, value)
     yield folder
     for parent in parents(folder):
         parent.kill()
-        psutil.wait_procs([parent], 10)
+        psutil.wait_procs([parent], 60)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -223,7 +223,7 @@ def test_exit_codes_and_last_words(home, forked, how, code, says):
 @both
 def test_time_and_memory_are_accounted_for(home, forked):
     ended = begin(home, "use", {"mb": 300, "seconds": 0.3}, warm=forked).wait(PATIENCE)
-    assert 0.3 <= ended.cpu_s < 5 and 300 <= ended.peak_mb < 900
+    assert 0.3 <= ended.cpu_s < 30 and 300 <= ended.peak_mb < 900
 
 
 @both
@@ -340,10 +340,11 @@ def test_two_runners_start_one_parent(home):
 def test_status_and_stop(home):
     assert warm.status() == {} and warm.stop() is False
     said, _ = told(home, "loaded", {"names": []})
+    assert soon(lambda: warm.status()["children"] == [])
     state = warm.status()
-    assert state["pid"] == said["parent"] and state["children"] == [] and state["modules"] > 100 and state["unsafe"] == ""
+    assert state["pid"] == said["parent"] and state["modules"] > 100 and state["unsafe"] == ""
     assert warm.stop() is True
-    assert gone(state["pid"]) and warm.status() == {}
+    assert soon(lambda: gone(state["pid"])) and warm.status() == {}
 
 
 def test_a_stopped_parent_watches_its_children_to_their_end_and_another_takes_its_place(home):
