@@ -11,7 +11,7 @@ from ..core.address import NAME, Address, bare_name
 from ..core.errors import Conflict, Invalid, NotFound
 from ..core.files import disk_faults, timestamp, write_json
 from ..core.report import Report
-from .store import load, put_frame
+from .store import put_frame
 from .versions import Version, commit, delta_table, manifest_of, place_of, store, store_lock, tags, version, versions
 
 # %% auto #0

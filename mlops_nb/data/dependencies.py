@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from .detectors import Column, robust_z
+from .detectors import Column
 
 if TYPE_CHECKING:
     import numpy as np

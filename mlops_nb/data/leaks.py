@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .detectors import Column, columns_of, finding
+from .detectors import Column, finding
 
 if TYPE_CHECKING:
     import numpy as np

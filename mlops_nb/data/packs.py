@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from ..core.errors import Invalid
-from ..core.files import digest_of, disk_faults, sync_folder
+from ..core.files import disk_faults, sync_folder
 
 # %% auto #0
 __all__ = ['MAGIC', 'TRAILER', 'RECORD', 'RECORD_BYTES', 'DRAFT_LIFE_S', 'PACK_BYTES', 'index_bytes', 'read_index', 'opened',

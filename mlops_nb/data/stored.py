@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack

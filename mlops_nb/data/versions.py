@@ -9,14 +9,13 @@ import getpass
 import json
 import os
 import subprocess
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..core.address import Address, bare_name, pick
 from ..core.errors import Conflict, Invalid, NotFound, Unavailable, known
 from ..core.files import digest_of, disk_faults, locked, read_json, timestamp, write_json
-from ..core.report import Noun, Report
+from ..core.report import Noun
 from ..core.settings import project
 from ..core.step import current_step
 from .chunks import Content, put_bytes

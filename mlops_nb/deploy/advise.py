@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from mlops_nb.core.errors import Invalid, NotFound, known
+from mlops_nb.core.errors import Invalid, NotFound
 from mlops_nb.core.report import Report
 from mlops_nb.core.settings import project
 from mlops_nb.deploy.costs import LEAST, measured, prices_of

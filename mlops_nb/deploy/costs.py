@@ -12,9 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 
-from mlops_nb.core.errors import Invalid, MlopsError, Unavailable, known
+from mlops_nb.core.errors import Invalid, Unavailable, known
 from mlops_nb.core.settings import project
 
 # %% auto #0

@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import mlops_nb
-from ..core.errors import Invalid, NotFound, Unavailable, known
+from ..core.errors import Invalid, NotFound, Unavailable
 
 # %% auto #0
 __all__ = ['SERVING', 'FASTER', 'EXTRAS', 'LINUX', 'pinned', 'modules_in', 'needed', 'epoch', 'packed', 'our_wheel',

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from mlops_nb.core.report import Report
 from mlops_nb.deploy.costs import CLOUD, ON_PREMISES, PEOPLE, needed, prices_of, sketch
 
 # %% auto #0

@@ -15,7 +15,7 @@ from pathlib import Path
 from shutil import which
 
 from ..core.errors import Invalid, NotFound
-from ..core.report import Noun, Report, plain
+from ..core.report import Noun, plain
 from ..core.settings import Project, project
 from ..core.step import current_step
 from ..data.lineage import loaded, recording, used

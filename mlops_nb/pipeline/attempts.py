@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.errors import GateFailed, Invalid, MlopsError, RunFailed, known
+from ..core.errors import GateFailed, MlopsError, RunFailed, known
 from ..core.files import read_json, timestamp
 from ..core.gates import judge
 from ..core.progress import watched

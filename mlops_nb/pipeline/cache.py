@@ -203,12 +203,6 @@ class Found:
     def __str__(self) -> str:
         return f"nothing has changed since {self.run}" if self.run else because(self.reasons)
 
-    @property
-    def linked(self) -> dict:
-        "What a new record says about the step: the results of the earlier run, where they lie."
-        kept = ("parameters", "outputs", "report", "executed", "key", "inputs", "models")
-        return {"verdict": "cached", "why": str(self), "cached_from": self.run, **{name: self.row[name] for name in kept if name in self.row}}
-
 
 NEVER = "it has never run"
 

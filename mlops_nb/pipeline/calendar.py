@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
-from itertools import islice
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo, available_timezones
 

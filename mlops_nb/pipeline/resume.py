@@ -8,11 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..core.errors import Invalid, NotFound, known
 from ..core.report import Report
-from ..core.settings import Project, project
+from ..core.settings import project
 from .cache import because, differences, packages_at
 from .code import remembering
 from .flow import Decision

@@ -5,7 +5,6 @@
 # %% ../../nbs/pipeline/snapshots.ipynb #0a0b70a2
 from __future__ import annotations
 
-import asyncio
 import gc
 import json
 import os

@@ -5,7 +5,6 @@
 # %% ../../nbs/pipeline/travel.ipynb #b83cbc04
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess

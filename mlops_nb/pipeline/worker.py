@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import current_thread, main_thread
 
 from ..core.errors import MlopsError, RunFailed
-from ..core.files import read_json, timestamp, write_json
+from ..core.files import timestamp, write_json
 from ..core.secrets import Redactor, secrets_in, secrets_of
 from ..core.settings import in_project, project
 from ..core.step import Step
