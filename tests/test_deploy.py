@@ -194,7 +194,7 @@ def test_a_stranger_under_the_same_number_is_left_alone(shop):
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
         record = record_of("large")
-        write_json(folder_of("large") / "state.json", record | {"pid": stranger.pid, "stopped_at": ""})
+        write_json(folder_of("large") / "state.json", record | {"pid": stranger.pid, "created_at": record["created_at"] - 60, "stopped_at": ""})  # a number comes back after a while, not at once
         assert [row["state"] for row in states()] == ["died"]
         undeploy("large")
         assert stranger.poll() is None and one.pid != stranger.pid
