@@ -106,7 +106,7 @@ class Batcher:
         loop, wait_s = asyncio.get_running_loop(), self.waiting_rows * self.pace.row_s
         ask = Ask(job, rows, loop.create_future(), time.perf_counter())
         if self.is_too_much(ask, wait_s):
-            raise Busy(f"{len(self.waiting)} requests are waiting already; try again in {max(1, round(wait_s))} s, or ask more servers.", max(1, round(wait_s)))
+            raise Busy(f"{len(self.waiting) + self.asked} requests are being answered or wait already; try again in {max(1, round(wait_s))} s, or ask more servers.", max(1, round(wait_s)))
         self.waiting.append(ask)
         self.waiting_rows += len(rows)
         self.soon(loop)
