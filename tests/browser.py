@@ -91,8 +91,9 @@ class Lab:
         page.wait_for_selector(".jp-SideBar.jp-mod-left")
 
     def execute(self, page: Any, command: str, **args: Any) -> None:
-        "Execute one of JupyterLab's commands."
-        page.evaluate("([id, args]) => window.jupyterapp.commands.execute(id, args).then(() => null)", [command, args])
+        "Execute one of JupyterLab's commands, and wait until it is done or for a minute: some never end when a kernel goes meanwhile."
+        script = "([id, args]) => Promise.race([window.jupyterapp.commands.execute(id, args).then(() => null), new Promise(end => setTimeout(end, 60000))])"
+        page.evaluate(script, [command, args])
 
 
 @contextmanager

@@ -17,6 +17,7 @@ def pytest_configure(config):
             os.environ[name] = str(Path(os.environ[PLACE]) / folder)
             Path(os.environ[name]).mkdir(mode=0o700)
         os.environ.setdefault("MLOPS_SNAPSHOT_S", "120")  # long enough for a busy machine to come back to one
+        os.environ.setdefault("MLOPS_SNAPSHOT_BUDGET_S", "60")  # and each cell has one, however long the machine took for the others
 
 
 def pytest_unconfigure(config):
