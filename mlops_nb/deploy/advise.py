@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -95,11 +94,11 @@ def asked(
 
 # %% ../../nbs/deploy/advise.ipynb #a9187324
 def found_here() -> tuple[str, ...]:
-    "What this machine shows of resources: a container engine, a cluster."
+    "What this machine shows of resources: a container engine that answers, a cluster."
     from mlops_nb.deploy.cluster import kubeconfig_files
+    from mlops_nb.deploy.engine import engine
 
-    engine = any(shutil.which(name) for name in ("docker", "podman"))
-    return tuple(["server", *(["docker"] if engine else []), *(["kubernetes"] if kubeconfig_files() else [])])
+    return tuple(["server", *(["docker"] if engine() else []), *(["kubernetes"] if kubeconfig_files() else [])])
 
 
 def answered(

@@ -92,24 +92,24 @@ LOAD_RULES = (
 
 # %% ../../nbs/deploy/rules.ipynb #33f8e461
 def owner(word: str, target: str) -> tuple[Rule, ...]:
-    return (Rule(f"{CLOUDS[word]} is known", has("skills", word), {target: 2}, "The team runs this cloud already.", "", "your answer"),
-            Rule(f"an account at {CLOUDS[word]}", has("resources", word), {target: 2, "hybrid": 0.5}, "The account, its network and its bill are there.", "", "your answer"))
+    return (Rule(f"{CLOUDS[word]} is known", has("skills", word), {target: 2}, "The team runs this cloud already.", "", "the answers"),
+            Rule(f"an account at {CLOUDS[word]}", has("resources", word), {target: 2, "hybrid": 0.5}, "The account, its network and its bill are there.", "", "the answers"))
 
 
 MEANS_RULES = (
-    Rule("a server is there", has("resources", "server"), {"one machine": 2, "hybrid": 0.5}, "The server is there and paid for.", "", "your answer"),
-    Rule("a container engine is there", has("resources", "docker"), {"container": 1.5}, "Image, limits and restarts come from an engine that runs already.", "", "your answer"),
-    Rule("a cluster is there", has("resources", "kubernetes", "kserve"), {"cluster": 6, "hybrid": 2}, "The cluster is there, with its monitoring and its people.", "", "your answer"),
-    Rule("KServe is there", has("resources", "kserve"), {"kserve": 2.5}, "KServe brings canaries and scaling by requests.", "", "your answer"),
-    Rule("no KServe", lambda a: "kserve" not in a["resources"], {"kserve": -2}, "", "KServe would have to be installed and kept.", "your answer"),
-    Rule("no cluster", lambda a: not has("resources", "kubernetes", "kserve")(a), {"cluster": -3, "hybrid": -0.5}, "", "A cluster would have to be set up first.", "your answer"),
-    Rule("no server", lambda a: not has("resources", "server", "docker")(a), {"local": -0.5, "container": -2}, "", "A machine would have to be found and looked after.", "your answer"),
-    Rule("nothing at home", lambda a: not has("resources", "server", "docker", "kubernetes", "kserve")(a), {"hybrid": -2}, "", "Half of it would have to be built first.", "your answer"),
-    Rule("both at hand", lambda a: has("resources", "server", "kubernetes")(a) and has("resources", *CLOUDS)(a), {"hybrid": 2.5}, "Machines at home and an account outside are both there.", "", "your answer"),
-    Rule("containers are known", has("skills", "docker"), {"container": 1}, "The team builds and runs containers already.", "", "your answer"),
-    Rule("Kubernetes is known", has("skills", "kubernetes"), {"cluster": 1}, "The team runs Kubernetes already.", "", "your answer"),
-    Rule("no containers", lambda a: not has("skills", "docker", "kubernetes")(a), {"container": -2}, "", "Nobody runs containers yet.", "your answer"),
-    Rule("no cloud known", lambda a: not has("skills", *CLOUDS)(a), {"cloud": -1.5, "hybrid": -1}, "", "Nobody runs a cloud account yet.", "your answer"),
+    Rule("a server is there", has("resources", "server"), {"one machine": 2, "hybrid": 0.5}, "The server is there and paid for.", "", "the answers"),
+    Rule("a container engine is there", has("resources", "docker"), {"container": 1.5}, "Image, limits and restarts come from an engine that runs already.", "", "the answers"),
+    Rule("a cluster is there", has("resources", "kubernetes", "kserve"), {"cluster": 6, "hybrid": 2}, "The cluster is there, with its monitoring and its people.", "", "the answers"),
+    Rule("KServe is there", has("resources", "kserve"), {"kserve": 2.5}, "KServe brings canaries and scaling by requests.", "", "the answers"),
+    Rule("no KServe", lambda a: "kserve" not in a["resources"], {"kserve": -2}, "", "KServe would have to be installed and kept.", "the answers"),
+    Rule("no cluster", lambda a: not has("resources", "kubernetes", "kserve")(a), {"cluster": -3, "hybrid": -0.5}, "", "A cluster would have to be set up first.", "the answers"),
+    Rule("no server", lambda a: not has("resources", "server", "docker")(a), {"local": -0.5, "container": -2}, "", "A machine would have to be found and looked after.", "the answers"),
+    Rule("nothing at home", lambda a: not has("resources", "server", "docker", "kubernetes", "kserve")(a), {"hybrid": -2}, "", "Half of it would have to be built first.", "the answers"),
+    Rule("both at hand", lambda a: has("resources", "server", "kubernetes")(a) and has("resources", *CLOUDS)(a), {"hybrid": 2.5}, "Machines at home and an account outside are both there.", "", "the answers"),
+    Rule("containers are known", has("skills", "docker"), {"container": 1}, "The team builds and runs containers already.", "", "the answers"),
+    Rule("Kubernetes is known", has("skills", "kubernetes"), {"cluster": 1}, "The team runs Kubernetes already.", "", "the answers"),
+    Rule("no containers", lambda a: not has("skills", "docker", "kubernetes")(a), {"container": -2}, "", "Nobody runs containers yet.", "the answers"),
+    Rule("no cloud known", lambda a: not has("skills", *CLOUDS)(a), {"cloud": -1.5, "hybrid": -1}, "", "Nobody runs a cloud account yet.", "the answers"),
     *owner("aws", "sagemaker"), *owner("gcp", "vertex"), *owner("azure", "azureml"),
     *(Rule(f"over the budget: {target}", lambda a, target=target: a["cost"][target] > a["budget"], {target: -6}, "", "A month costs more than the budget.", "the cost sketch below") for target in PEOPLE),
 )

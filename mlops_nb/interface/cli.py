@@ -149,14 +149,17 @@ def as_report(
     return Report({"title": str(result)} if result is not None else {"title": "done"})
 
 # %% ../../nbs/interface/cli.ipynb #ef516811
-def overview() -> str:
+def overview(
+    prog: str = "mlops",  # how it is called here
+) -> str:
+    "The verbs by stage, a line each."
     stages: dict[str, list[Verb]] = {}
     for verb in VERBS.values():
         stages.setdefault(verb.stage, []).append(verb)
-    lines = ["usage: mlops [--project FOLDER] VERB ...", "", "From a trained model to a healthy production asset.", ""]
+    lines = [f"usage: {prog} {'[--project FOLDER] ' if prog == 'mlops' else ''}VERB ...", "", "From a trained model to a healthy production asset.", ""]
     for stage, verbs in stages.items():
         lines += [f"{stage}:", *(f"  {verb.name:<13}{verb.summary}" for verb in verbs), ""]
-    return "\n".join([*lines, "mlops VERB --help explains one and shows an example.", "example: mlops status"])
+    return "\n".join([*lines, f"{prog} VERB --help explains one and shows an example.", f"example: {prog} status"])
 
 
 def split_global(words: list[str]) -> tuple[str | None, list[str]]:

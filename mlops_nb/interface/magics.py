@@ -115,7 +115,7 @@ class MlopsMagics(Magics):
         "From a trained model to a healthy production asset: `%mlops --help` lists the verbs, `%mlops VERB --help` explains one."
         words = words_of(line)
         if not words or words[0][0] in ("--help", "-h", "help"):
-            print(cli.overview().replace("mlops ", "%mlops "))
+            print(cli.overview("%mlops"))
             return None
         if (name := words[0][0]) not in VERBS:
             raise UsageError(f"there is no verb {name!r}; {cli.known(name, VERBS, limit=30)}")

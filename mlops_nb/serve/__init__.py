@@ -1,3 +1,3 @@
 from mlops_nb.core.callable import callable_package
 
-callable_package(__name__, "server:serve")
+callable_package(__name__, "workers:serve")
