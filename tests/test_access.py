@@ -443,6 +443,7 @@ def test_a_checked_certificate_serves_a_real_client(tmp_path):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(cert, key)
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(120)
         served = threading.Thread(target=lambda: context.wrap_socket(listener.accept()[0], server_side=True).sendall(b"hello"))
         served.start()
         with ssl.create_default_context(cafile=cert).wrap_socket(socket.create_connection(listener.getsockname(), 120), server_hostname="localhost") as client:

@@ -27,6 +27,7 @@ from sklearn.preprocessing import (FunctionTransformer, KBinsDiscretizer, MinMax
                                    PowerTransformer, QuantileTransformer, RobustScaler, StandardScaler, TargetEncoder)
 
 from mlops_nb.core.errors import Invalid
+from mlops_nb.serve import trees
 from mlops_nb.serve.explain import Explainer, explainer, origins, raw_outputs, why_not
 from mlops_nb.serve.topk import has_top, top_answers
 from mlops_nb.serve.trees import TreeModel, from_tree
@@ -140,6 +141,17 @@ def test_ties_missing_values_and_stumps():
     ours = TreeModel(deep)  # paths of more than a dozen features: the quadrature stays exact
     np.testing.assert_allclose(ours.base[0] + ours.explain(x).sum(axis=1), deep.predict(x), atol=1e-9)
     assert from_tree(deep.tree_).value.shape == (deep.tree_.node_count, 1)
+
+
+def test_a_forest_of_many_groups_of_trees_is_explained_as_one(monkeypatch):
+    monkeypatch.setattr(trees, "NODES", 700)
+    model = fitted("RandomForest", "three classes")
+    ours, x = TreeModel(model), NUMBERS[:10]
+    assert 1 < len(ours.paths) < len(model.estimators_)  # some groups hold several trees
+    reference = shap.TreeExplainer(model).shap_values(x, check_additivity=False)
+    for k in range(3):
+        np.testing.assert_allclose(ours.explain(x, np.full(10, k)), reference[:, :, k], atol=1e-9)
+        np.testing.assert_allclose(ours.base[k] + ours.explain(x, np.full(10, k)).sum(axis=1), model.predict_proba(x)[:, k], atol=1e-9)
 
 
 LINEAR = [(linear_model.LinearRegression(), "regressor"), (linear_model.Ridge(), "regressor"), (linear_model.LassoCV(), "regressor"), (linear_model.ElasticNet(0.01), "regressor"),

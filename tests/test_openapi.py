@@ -21,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mlops_nb.core.errors import Invalid
-from mlops_nb.serve.app import ROUTES, plain_records
+from mlops_nb.serve.app import CHANGES, ROUTES, plain_records
 from mlops_nb.serve.inputs import Inputs, columns_of, taken, takes_of
 from mlops_nb.serve.openapi import KIND_SCHEMA, column_schema, openapi, prediction_schema
 
@@ -157,6 +157,15 @@ def test_every_route_is_described_and_every_description_has_its_route():
     for path, methods in DOCUMENT["paths"].items():
         for method, one in methods.items():
             assert one["security"][0] == {"token": [scopes[method.upper(), path.replace("/models/orders/", "/models/{model}/")]]}, path
+
+
+def test_an_admins_request_is_described_as_it_is_taken():
+    bodies = {name: jsonschema.Draft202012Validator(DOCUMENT["paths"][f"/admin/{name}"]["post"]["requestBody"]["content"]["application/json"]["schema"]) for name in CHANGES}
+    assert {name: set(one.schema["properties"]) for name, one in bodies.items()} == CHANGES
+    split = {"traffic": {"champion": 90, "2": 10}}
+    for more, fits in (({}, True), ({"shadow": "3"}, True), ({"shadow": "3", "shadow_percent": 0.5}, True), ({"shadow_percent": 5}, False), ({"shadow": "3", "shadow_percent": 0}, False),
+                       ({"shadow": 3}, False), ({"selector": "3"}, False), ({"traffic": {}}, False), ({"traffic": {"champion": 101}}, False), ({"why": None}, False)):
+        assert bodies["traffic"].is_valid(split | more) == fits, more
 
 
 def test_examples_are_the_recorded_rows_and_fit():

@@ -150,7 +150,7 @@ def test_the_programs_do_what_the_page_does(page, url, name):  # noqa: F811
     env = {**os.environ, "MLOPS_TOKEN": TOKEN}
     words = shlex.split(page.locator("#curl").inner_text().replace("\\\n", " "))
     assert words[0] == "curl" and words[1] == f"{url}/models/{name}/predict" and json.loads(words[-1]) == {"records": [models()[name][2][0]]}
-    said = subprocess.run([sys.executable, "-c", page.locator("#python").inner_text()], env=env, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run([sys.executable, "-c", page.locator("#python").inner_text()], env=env, capture_output=True, text=True, check=True, timeout=120).stdout
     assert said.strip() == str(expected["records"])
 
 

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 
 import httpx
 import numpy as np
@@ -10,12 +11,14 @@ import pandas as pd
 import pytest
 from starlette.testclient import TestClient
 
-from mlops_nb.core.errors import Conflict, Invalid
+from mlops_nb.core.errors import Conflict, Invalid, NotFound
 from mlops_nb.core.files import digest_of
 from mlops_nb.serve.endpoint import Limits
 from mlops_nb.serve.inputs import Inputs, columns_of
+from mlops_nb.serve.plan import planned, read_plan, write_plan
 from mlops_nb.serve.protocol import parse_csv, parse_json
 from mlops_nb.serve.server import listen
+from mlops_nb.serve.sources import Version
 from mlops_nb.serve.workers import serve
 from serving import TOKEN, asking_app, journal_of
 
@@ -208,8 +211,6 @@ def test_the_journal_gets_what_was_answered_and_cannot_fail_it():
 
 
 def test_the_event_loop_answers_while_a_model_thinks():
-    import threading
-
     thinking, go_on = threading.Event(), threading.Event()
 
     def slow(rows):
@@ -222,7 +223,7 @@ def test_the_event_loop_answers_while_a_model_thinks():
         worker.start()
         assert thinking.wait(120) and asking.get("/health").status_code == 200
         go_on.set()
-        worker.join()
+        worker.join(120)
 
 
 def test_serve_wants_a_token_and_a_free_port(monkeypatch):
@@ -264,17 +265,90 @@ if __name__ == "__main__":
     order = {{"plan": "plan.json", "source": "shop:source", "token_digests": [digest_of(b"{TOKEN}")]}}
     answer_until_stopped(order, port, 2, lambda: print(port.getsockname()[1], flush=True))
 """)
+    said = []
     process = subprocess.Popen([sys.executable, "shop.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     try:
-        url = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        port = threading.Thread(target=lambda: said.append(process.stdout.readline()), daemon=True)
+        port.start()
+        port.join(120)
+        url = f"http://127.0.0.1:{int(said[0])}"
         with httpx.Client(trust_env=False, timeout=120, headers={"Authorization": f"Bearer {TOKEN}"}) as asking:
             assert asking.post(f"{url}/predict", json=[{"a": 1}]).json()["records"] == [{"prediction": 1}]
             assert asking.post(f"{url}/predict", content=b"x" * 7_000_000, headers={"Content-Type": JSON}).status_code == 413
         process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 0 and "Traceback" not in process.stderr.read()
+        assert "Traceback" not in process.communicate(timeout=120)[1] and process.returncode == 0
     finally:
         process.kill()
-        process.communicate()
+        process.wait(120)
+
+
+CLUMSY = [("POST", "/predict/", {}, 404, "no such route"), ("GET", "/v2/", {}, 404, "no such route"), ("POST", "/predict?explain", {}, 400, "explain is true or false"),
+          ("POST", "/predict?=", {}, 400, "asks for ''"), ("GET", "/predict", {}, 405, "GET is not spoken on this route; expected POST"), ("DELETE", "/version", {}, 405, "expected GET, HEAD"),
+          ("POST", "/predict", {"Content-Encoding": "gzip"}, 415, "compressed ('gzip')"), ("POST", "/predict", {"Content-Encoding": "Identity"}, 200, "")]
+
+
+@pytest.mark.parametrize("method, path, headers, status, words", CLUMSY)
+def test_a_clumsy_address_or_header_is_answered_with_a_sentence(method, path, headers, status, words):
+    got = client().request(method, path, headers=headers, follow_redirects=False, **({"json": [ROW]} if method == "POST" else {}))
+    assert got.status_code == status and words in got.json().get("error", ""), got.text
+
+
+def test_one_row_without_its_list_is_told_what_is_missing():
+    got = client().post("/predict", json=ROW)
+    assert got.status_code == 400 and "the key 'country'; expected a list of rows" in got.json()["error"]
+
+
+class Versions(Shelf):
+    "A source that knows three versions of one model."
+
+    def resolve(self, name, selector):
+        if selector not in ("3", "4", "champion"):
+            raise NotFound(f"there is no {name}@{selector}")
+        return Version(name, selector, "d1", columns_of(INPUTS))
+
+
+@pytest.fixture
+def ruling(tmp_path):
+    "A client with the scope admin, and the plan file that it changes."
+    asking, file = client(), tmp_path / "plan.json"
+    write_plan(file, planned("shelf@3"), by="ana")
+    asking.app.state.desk.plan_file, asking.app.state.desk.endpoint.source = file, Versions()
+    return asking, file
+
+
+def test_a_split_and_its_shadow_are_one_revision(ruling):
+    asking, file = ruling
+    got = asking.post("/admin/traffic", json={"traffic": {"champion": 90, "3": 10}, "shadow": "4", "shadow_percent": 25, "why": "a try"})
+    assert got.status_code == 200 and got.json()["revision"] == 2 and got.json()["why"] == "a try"
+    entry = read_plan(file).of("shelf")
+    assert (entry.traffic, entry.shadow, entry.shadow_percent) == ({"champion": 90, "3": 10}, "4", 25) and got.json()["models"][0]["shadow"] == "4"
+    assert asking.post("/admin/traffic", json={"traffic": {"champion": 50, "3": 50}}).json()["revision"] == 3
+    assert (read_plan(file).of("shelf").shadow, read_plan(file).of("shelf").shadow_percent) == ("4", 25)  # left out, the shadow stays
+    assert asking.post("/admin/traffic", json={"traffic": {"4": 100}}).json()["models"][0]["shadow"] == ""  # it answers itself now
+    assert asking.post("/admin/rollback", json={}).json()["models"][0]["traffic"] == {"champion": 50, "3": 50}
+    assert asking.post("/admin/traffic", json={"model": "shelf", "traffic": {"3": 100}, "shadow": "4"}).json()["models"][0]["shadow_percent"] == 100
+    assert asking.post("/admin/traffic", json={"traffic": {"3": 100}, "shadow": ""}).json()["models"][0]["shadow"] == ""
+    assert asking.post("/admin/shadow", json={"selector": "4", "percent": 5}).json()["models"][0]["shadow_percent"] == 5
+    assert asking.post("/admin/shadow", json={}).json()["models"][0]["shadow"] == ""
+
+
+REFUSED = [("traffic", {}, 422, "the traffic of shelf is None"), ("traffic", {"traffic": {"3": 60, "4": 60}}, 422, "sum to 120"), ("traffic", {"traffic": [3]}, 422, "percentages by version"),
+           ("traffic", {"traffic": {"challengr": 100}}, 404, "shelf@challengr"), ("traffic", {"traffic": {"3": 100}, "shadow": "9"}, 404, "shelf@9"),
+           ("traffic", {"traffic": {"3": 100}, "shadow": "3"}, 422, "already answers 100%"), ("traffic", {"traffic": {"3": 100}, "shadow": None}, 422, "shadow of shelf is None"),
+           ("traffic", {"traffic": {"3": 100}, "shadow": "4", "shadow_percent": 0}, 422, "over 0 and up to 100"), ("traffic", {"traffic": {"3": 100}, "shadow_percent": 5}, 400, "expected both"),
+           ("traffic", {"traffic": {"3": 100}, "shadow": {"a": 1}}, 422, "cannot name a version"), ("traffic", {"trafic": {"3": 100}}, 400, "shadow_percent, traffic, why"),
+           ("traffic", {"model": 5, "traffic": {"3": 100}}, 400, "are text"), ("traffic", {"model": "shlef", "traffic": {"3": 100}}, 404, "shelf"), ("traffic", [], 400, "not an object"),
+           ("traffic", {"traffic": {"4": 100}, "why": "x" * 2000}, 422, "too long"), ("shadow", {"selector": "9"}, 404, "shelf@9"), ("shadow", {"selector": None}, 422, "expected a version"),
+           ("shadow", {"selector": "4", "percent": "all"}, 422, "'all'"), ("rollback", {}, 404, "no earlier plan"), ("rollback", {"traffic": {}}, 400, "model, why")]
+
+
+@pytest.mark.parametrize("change, body, status, words", REFUSED)
+def test_a_wrong_change_is_refused_and_nothing_changes(ruling, change, body, status, words):
+    asking, file = ruling
+    before = file.read_bytes()
+    got = asking.post(f"/admin/{change}", json=body)
+    assert got.status_code == status and words in got.json()["error"], got.text
+    assert file.read_bytes() == before
 
 
 def test_explain_and_top_come_together():

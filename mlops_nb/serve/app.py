@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,12 +26,14 @@ from mlops_nb.serve.protocol import Malformed, Table, decoded, encoded, from_rec
 
 if TYPE_CHECKING:
     from mlops_nb.serve.endpoint import Answer
+    from mlops_nb.serve.plan import Plan
     from mlops_nb.serve.platforms import Platform, Spoken
     from mlops_nb.serve.sagemaker import Held
 
 # %% auto #0
-__all__ = ['LOADING_S', 'plain_records', 'asked', 'predict', 'invocations', 'infer', 'health', 'version', 'v2_about',
-           'openapi_document', 'metrics', 'page', 'admin', 'spoken', 'many', 'facts', 'platform_routes', 'app']
+__all__ = ['CHANGES', 'LOADING_S', 'plain_records', 'asked', 'predict', 'invocations', 'infer', 'health', 'version', 'v2_about',
+           'openapi_document', 'metrics', 'page', 'wanted_of', 'replanned', 'admin', 'spoken', 'many', 'facts',
+           'platform_routes', 'app']
 
 # %% ../../nbs/serve/app.ipynb #fa4dd84f
 def plain_records(body: bytes) -> Table:
@@ -39,7 +41,7 @@ def plain_records(body: bytes) -> Table:
     content = decoded(body)
     content = content if isinstance(content, dict) else {"records": content}
     if unknown := sorted(set(content) - {"records", "params"}):
-        raise Malformed(f"the body has the key {unknown[0][:40]!r}; expected records and perhaps params.")
+        raise Malformed(f"the body has the key {unknown[0][:40]!r}; expected a list of rows, or an object with records and perhaps params.")
     records = content.get("records")
     if not isinstance(records, list) or not all(isinstance(row, dict) for row in records):
         raise Malformed("the records are not a list of objects; expected one object a row.")
@@ -151,8 +153,38 @@ async def page(desk: Desk, call: Call) -> Reply:
     return Reply(html.encode(), media="text/html; charset=utf-8", headers=(("content-security-policy", policy), ("x-frame-options", "DENY"), ("referrer-policy", "no-referrer"), ("cache-control", "no-store")))
 
 # %% ../../nbs/serve/app.ipynb #4c768e1c
+CHANGES = {"traffic": {"model", "traffic", "shadow", "shadow_percent", "why"}, "shadow": {"model", "selector", "percent", "why"}, "rollback": {"model", "why"}}
+
+
+def wanted_of(change: str, body: bytes) -> dict:
+    "What an admin's request asks for; `Malformed` says what it may hold."
+    wanted = decoded(body) if body else {}
+    if not isinstance(wanted, dict) or not set(wanted) <= CHANGES[change] or not all(isinstance(wanted.get(name, ""), str) for name in ("model", "why")):
+        raise Malformed(f"the body is not an object with some of {', '.join(sorted(CHANGES[change]))}; model and why are text.")
+    if "shadow_percent" in wanted and not wanted.get("shadow"):
+        raise Malformed("shadow_percent is there without a shadow; expected both, such as \"shadow\": \"challenger\", \"shadow_percent\": 10.")
+    return wanted
+
+
+def replanned(desk: Desk, change: str, wanted: Mapping, by: str) -> Plan:
+    "The plan after a change, in one revision; `NotFound` when a version that shall get requests is not there."
+    from mlops_nb.serve import plan
+    from mlops_nb.serve.model_plan import selector_of, shares_of
+
+    model, said = desk.endpoint.of(wanted.get("model", "")).plan.model, {"by": by, "why": wanted.get("why", "")}
+    plan.read_plan(desk.plan_file).of(model)
+    if change == "rollback":
+        return plan.rollback(desk.plan_file, model, **said)
+    fields = {"traffic": shares_of(wanted.get("traffic"), model)} if change == "traffic" else {"shadow": wanted.get("selector", ""), "shadow_percent": wanted.get("percent", 100)}
+    if "shadow" in wanted:
+        fields |= {"shadow": wanted["shadow"], "shadow_percent": wanted.get("shadow_percent", 100)}
+    for selector in (*fields.get("traffic", ()), *([selector_of(fields["shadow"], model)] if fields.get("shadow") else [])):
+        desk.endpoint.source.resolve(model, selector)
+    return plan.change(desk.plan_file, model, **fields, **said)
+
+
 async def admin(desk: Desk, call: Call, change: str) -> Reply:
-    "GET /admin/plan; POST /admin/traffic, /admin/shadow, /admin/rollback."
+    "GET /admin/plan; POST /admin/traffic, perhaps with a shadow, /admin/shadow, /admin/rollback."
     from mlops_nb.serve import plan
 
     if desk.plan_file is None:
@@ -160,16 +192,8 @@ async def admin(desk: Desk, call: Call, change: str) -> Reply:
     if change == "plan":
         return Reply(encoded({**plan.read_plan(desk.plan_file).facts, "history": plan.history(desk.plan_file)}))
     call.kind("application/json")
-    wanted = decoded(call.body) if call.body else {}
-    fields = {"traffic": {"model", "traffic", "why"}, "shadow": {"model", "selector", "percent", "why"}, "rollback": {"model", "why"}}[change]
-    if not isinstance(wanted, dict) or not set(wanted) <= fields:
-        raise Malformed(f"the body is not an object with {', '.join(sorted(fields))}.")
-    model, said = str(wanted.get("model") or desk.endpoint.of().plan.model), {"by": call.grant.name if call.grant else "", "why": str(wanted.get("why", ""))}
-    desk.endpoint.of(model)
-    calls = {"traffic": lambda: plan.split(desk.plan_file, model, wanted.get("traffic"), **said),
-             "shadow": lambda: plan.shadow(desk.plan_file, model, wanted.get("selector", ""), wanted.get("percent", 100), **said),
-             "rollback": lambda: plan.rollback(desk.plan_file, model, **said)}
-    return Reply(encoded((await asyncio.to_thread(calls[change])).facts))
+    made = await asyncio.to_thread(replanned, desk, change, wanted_of(change, call.body), call.grant.name if call.grant else "")
+    return Reply(encoded(made.facts))
 
 # %% ../../nbs/serve/app.ipynb #3b59c27c
 LOADING_S = 300  # SageMaker waits for minutes
@@ -231,7 +255,7 @@ ROUTES = [
         "/v2": "server", "/v2/health/live": "live", "/v2/health/ready": "ready", "/v2/models/{model}": "model", "/v2/models/{model}/ready": "model ready",
         "/v2/models/{model}/versions/{version}": "model", "/v2/models/{model}/versions/{version}/ready": "model ready"}.items()),
     ("POST", "/v2/repository/index", partial(v2_about, what="index"), "predict"),
-    ("GET", "/admin/plan", partial(admin, change="plan"), "admin"), *(("POST", f"/admin/{change}", partial(admin, change=change), "admin") for change in ("traffic", "shadow", "rollback")),
+    ("GET", "/admin/plan", partial(admin, change="plan"), "admin"), *(("POST", f"/admin/{change}", partial(admin, change=change), "admin") for change in CHANGES),
 ]
 
 # %% ../../nbs/serve/app.ipynb #af7083c5
@@ -241,12 +265,14 @@ def app(
 ) -> Starlette:
     "The application: all protocols, every route behind the door."
     routes = [Route(path, Handled(desk, handler, wants, path), methods=[method]) for method, path, handler, wants in (*more, *ROUTES)]
-    words = {404: "there is no such route; see GET /version for what is served.", 405: "this method is not spoken on this route."}
 
     async def absent(request: Request, error: Exception) -> Response:
-        content = encoded({"error": words.get(error.status_code, str(error.detail)), "request": request.scope["mlops"].id})
+        allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))  # in one order, whatever the set's
+        words = f"{request.method[:20]} is not spoken on this route; expected {allowed}." if allowed else "there is no such route; see GET /version for what is served."
+        content = encoded({"error": words, "request": request.scope["mlops"].id})
         return Response(content, error.status_code, dict(error.headers or {}), "application/json")
 
     made = Starlette(routes=routes, middleware=[Middleware(Door, desk)], exception_handlers={HTTPException: absent})
+    made.router.redirect_slashes = False  # most clients do not follow with a body, and would be left without a word
     made.state.desk = desk
     return made

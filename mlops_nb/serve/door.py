@@ -87,7 +87,7 @@ class Call:
 
     @property
     def query(self) -> dict[str, str]:
-        return dict(parse_qsl(self.scope["query_string"].decode("latin-1"))) if self.scope["query_string"] else {}
+        return dict(parse_qsl(self.scope["query_string"].decode("latin-1"), keep_blank_values=True)) if self.scope["query_string"] else {}
 
     @property
     def path(self) -> dict[str, str]:
@@ -106,7 +106,7 @@ class Call:
 
 async def body_of(call: Call, receive: Receive, body_bytes: int, read_s: float) -> bytes:
     "The whole body, within bytes and time."
-    if (packed := call.header(b"content-encoding")) not in ("", "identity"):
+    if (packed := call.header(b"content-encoding")).lower() not in ("", "identity"):
         raise Unsupported(f"the body is said to be compressed ({packed[:20]!r}); send it as it is.")
     too_large = f"the body has more than {body_bytes:,} bytes; send the rows in several requests."
     if (length := call.header(b"content-length")).isdigit() and int(length) > body_bytes:

@@ -191,9 +191,12 @@ def v2_paths(versions: Mapping[str, str]) -> dict:
 
 # %% ../../nbs/serve/openapi.ipynb #a850d751
 SOME = {"type": "object"}
-CHANGES = {"traffic": {"model": {"type": "string"}, "traffic": {"type": "object", "additionalProperties": {"type": "number"}}, "why": {"type": "string"}},
-           "shadow": {"model": {"type": "string"}, "selector": {"type": "string"}, "percent": {"type": "number", "minimum": 0, "maximum": 100}, "why": {"type": "string"}},
-           "rollback": {"model": {"type": "string"}, "why": {"type": "string"}}}
+TEXT, PERCENT = {"type": "string"}, {"type": "number", "exclusiveMinimum": 0, "maximum": 100, "default": 100}
+SHARES = {"type": "object", "minProperties": 1, "additionalProperties": {"type": "number", "minimum": 0, "maximum": 100}, "description": "Percent by version; they sum to 100."}
+COPIED = {**TEXT, "description": "A version that gets copies of the requests; an empty text ends it."}
+CHANGES = {"traffic": ({"model": TEXT, "traffic": SHARES, "shadow": COPIED, "shadow_percent": PERCENT, "why": TEXT}, {"required": ["traffic"], "dependentRequired": {"shadow_percent": ["shadow"]}}),
+           "shadow": ({"model": TEXT, "selector": COPIED, "percent": PERCENT, "why": TEXT}, {}),
+           "rollback": ({"model": TEXT, "why": TEXT}, {})}
 
 
 def scoring(name: str, schema: Mapping) -> dict:
@@ -212,9 +215,9 @@ def server_paths() -> dict:
         state = name in ("ping", "health")
         paths[path] = {"get": operation(name, "Server", words, responses(STATE if state else SOME, state=state), ["admin"] if name == "plan" else ["predict"])}
     paths["/metrics"] = {"get": operation("metrics", "Server", "Figures for Prometheus", responses({"type": "string"}, media="text/plain"), ["metrics"])}
-    for name, fields in CHANGES.items():
+    for name, (fields, rules) in CHANGES.items():
         paths[f"/admin/{name}"] = {"post": operation(name, "Server", f"Change the plan: {name}", responses(SOME, (*POST_CODES, 409)), ["admin"],
-                                                     requestBody=body({"type": "object", "properties": fields, "additionalProperties": False}))}
+                                                     requestBody=body({"type": "object", "properties": fields, "additionalProperties": False, **rules}))}
     for path in ("/openapi.json", "/"):
         paths.setdefault(path, {"get": operation("page", "Server", "A page to try the models", responses({"type": "string"}, media="text/html"))})["get"]["security"] = [{"token": ["predict"]}, {"browser": []}]
     return paths

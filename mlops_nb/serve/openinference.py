@@ -5,9 +5,8 @@
 # %% ../../nbs/serve/openinference.ipynb #4bed3e30
 from __future__ import annotations
 
-import json
 import math
-import struct
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,127 +15,14 @@ from mlops_nb.core.errors import Invalid, known
 from mlops_nb.serve import explain, topk
 from mlops_nb.serve.inputs import GOT, Column
 from mlops_nb.serve.protocol import Malformed, Table, decoded, encoded
+from mlops_nb.serve.tensors import Tensor, from_binary, from_json, packed, tensor_of
 
 if TYPE_CHECKING:
     from mlops_nb.serve.endpoint import Answer, Endpoint, Served
 
 # %% auto #0
-__all__ = ['DATATYPES', 'OUTPUT', 'PASSED_OVER', 'Tensor', 'counted', 'from_binary', 'from_json', 'table_of', 'Infer',
-           'named_object', 'parse_infer', 'tensors_of', 'chosen', 'packed', 'infer_answer', 'server_metadata',
-           'model_metadata', 'live', 'ready', 'model_ready', 'repository_index']
-
-# %% ../../nbs/serve/openinference.ipynb #ff01438e
-DATATYPES = {"BOOL": "|b1", "UINT8": "|u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "|i1", "INT16": "<i2", "INT32": "<i4", "INT64": "<i8",
-             "FP16": "<f2", "BF16": "<u2", "FP32": "<f4", "FP64": "<f8", "BYTES": ""}
-OUTPUT = "prediction"  # what answers without names are called
-
-
-@dataclass(frozen=True)
-class Tensor:
-    "A named block of values of one datatype, row by row; None where one is missing."
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-    values: list
-    parameters: Mapping = field(default_factory=dict)
-
-# %% ../../nbs/serve/openinference.ipynb #79b81a04
-def counted(
-    name: object,  # the tensor's name
-    datatype: object,  # one of DATATYPES
-    shape: object,  # [rows] or [rows, values]
-) -> int:  # how many values the tensor has
-    "The number of values that name, datatype and shape promise; `Malformed` when one of them is none."
-    if not isinstance(name, str) or not name:
-        raise Malformed(f"a tensor has {GOT.get(type(name), 'something')} as its name; expected a string with at least one character.")
-    if not isinstance(datatype, str) or datatype not in DATATYPES:
-        raise Malformed(f"tensor {name[:40]!r} has the datatype {str(datatype)[:20]!r}; expected one of {', '.join(DATATYPES)}.")
-    if not isinstance(shape, (list, tuple)) or len(shape) not in (1, 2) or not all(type(size) is int and size > 0 for size in shape):
-        raise Malformed(f"tensor {name[:40]!r} has the shape {str(shape)[:40]}; expected [rows] or [rows, values], with whole numbers above 0.")
-    return math.prod(shape)
-
-# %% ../../nbs/serve/openinference.ipynb #a0bce620
-def strings(name: str, raw: memoryview, count: int) -> list[str]:
-    "The values of a BYTES tensor: each its length in four bytes, then text in UTF-8."
-    values, at, end = [], 0, len(raw)
-    for i in range(count):
-        start = at + 4
-        at = start + struct.unpack_from("<I", raw, at)[0] if start <= end else end + 1
-        if at > end:
-            raise Malformed(f"tensor {name[:40]!r} ends inside value {i} of {count}; expected four bytes with its length and then as many bytes.")
-        try:
-            values.append(str(raw[start:at], "utf-8"))
-        except UnicodeDecodeError:
-            raise Malformed(f"tensor {name[:40]!r}, value {i}: expected text in UTF-8, got other bytes.") from None
-    if at != end:
-        raise Malformed(f"tensor {name[:40]!r} has {end - at} bytes after its {count} values; expected none.")
-    return values
-
-
-def numbers(name: str, datatype: str, raw: memoryview) -> list:
-    "Values of a fixed size; None for NaN."
-    import numpy as np
-
-    array = np.frombuffer(raw, DATATYPES[datatype])
-    if datatype == "BOOL" and array.view(np.uint8).max() > 1:
-        raise Malformed(f"tensor {name[:40]!r} has a BOOL that is neither 0 nor 1; expected one byte of 0 or 1 a value.")
-    if datatype == "BF16":  # the upper half of a 32-bit float
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    if array.dtype.kind == "f" and (missing := np.isnan(array)).any():
-        array = array.astype(object)
-        array[missing] = None
-    return array.tolist()
-
-# %% ../../nbs/serve/openinference.ipynb #720eb244
-def from_binary(
-    name: str,  # the tensor's name
-    datatype: str,  # one of DATATYPES
-    shape: Sequence[int],  # [rows] or [rows, values]
-    *,
-    raw: bytes | memoryview,  # its values, little-endian
-) -> Tensor:
-    "A tensor from its bytes; `Malformed` when they are not exactly what the shape promises."
-    count, raw = counted(name, datatype, shape), memoryview(raw)
-    if datatype == "BYTES":
-        return Tensor(name, datatype, tuple(shape), strings(name, raw, count))
-    if len(raw) != (size := count * int(DATATYPES[datatype][-1])):
-        raise Malformed(f"tensor {name[:40]!r} has {len(raw):,} bytes; expected {size:,}, which is {count:,} values of {datatype}.")
-    return Tensor(name, datatype, tuple(shape), numbers(name, datatype, raw))
-
-# %% ../../nbs/serve/openinference.ipynb #14c0b201
-def bounds(datatype: str) -> tuple[int, int]:
-    "The smallest and the largest value of a datatype of whole numbers."
-    signed, bits = datatype[0] == "I", 8 * int(DATATYPES[datatype][-1])
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-
-
-def fitting(name: str, datatype: str, values: list) -> list:
-    "The values, when all are of the datatype; `Malformed` names the first that is not."
-    kind = datatype.rstrip("0123456789")
-    types = {"BOOL": {bool}, "BYTES": {str, type(None)}, "INT": {int}, "UINT": {int}}.get(kind, {float, int, type(None)})
-    low, high = bounds(datatype) if kind.endswith("INT") else (0, 0)
-    if not set(map(type, values)) <= types or kind.endswith("INT") and not low <= min(values) <= max(values) <= high:
-        words = {"BOOL": "true or false", "BYTES": "a string"}.get(kind, f"an integer from {low} to {high}" if kind.endswith("INT") else "a number")
-        i, value = next((i, v) for i, v in enumerate(values) if type(v) not in types or kind.endswith("INT") and not low <= v <= high)
-        raise Malformed(f"tensor {name[:40]!r}, value {i}: expected {words}, as {datatype} is, got {GOT.get(type(value))}{f' {value}' if type(value) is int else ''}.")
-    return [None if value != value else value for value in values] if float in types else values
-
-# %% ../../nbs/serve/openinference.ipynb #6e4f3fae
-def from_json(
-    name: str,  # the tensor's name
-    datatype: str,  # one of DATATYPES
-    shape: Sequence[int],  # [rows] or [rows, values]
-    *,
-    data: object,  # its values: one list, or a list of rows
-) -> Tensor:
-    "A tensor from JSON data; `Malformed` when number or type of its values are not what it promises."
-    count = counted(name, datatype, shape)
-    if isinstance(data, list) and len(shape) == 2 and len(data) == shape[0] and all(isinstance(row, list) and len(row) == shape[1] for row in data):
-        data = [value for row in data for value in row]
-    if not isinstance(data, list) or len(data) != count or any(isinstance(value, list) for value in data):
-        got = f"{len(data):,} entries" if isinstance(data, list) else GOT.get(type(data), "nothing")
-        raise Malformed(f"tensor {name[:40]!r} has {got} as its data; expected {count:,} values, in one list or in lists as its shape {str(list(shape))[:40]} says.")
-    return Tensor(name, datatype, tuple(shape), fitting(name, datatype, data))
+__all__ = ['PASSED_OVER', 'OUTPUT', 'table_of', 'Infer', 'named_object', 'parse_infer', 'tensors_of', 'chosen', 'infer_answer',
+           'server_metadata', 'model_metadata', 'live', 'ready', 'model_ready', 'repository_index']
 
 # %% ../../nbs/serve/openinference.ipynb #a5bb2fe1
 def table_of(
@@ -201,17 +87,12 @@ def entries(content: Mapping, key: str) -> list:
     return [named_object(one, key) for one in found]
 
 
+NAN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|NaN', re.DOTALL)  # a text, closed or not, is passed over as a whole
+
+
 def read_header(body: bytes) -> Mapping:
     "The JSON of a request; the word NaN, which some clients write although JSON has none, is a missing value."
-    try:
-        content = decoded(body)
-    except Malformed as error:
-        try:
-            content = json.loads(body) if b"NaN" in body else None
-        except (ValueError, RecursionError):
-            content = None
-        if content is None:
-            raise error
+    content = decoded(NAN.sub(lambda found: b"null" if found[0] == b"NaN" else found[0], body) if b"NaN" in body else body)
     if not isinstance(content, dict) or not isinstance(content.get("parameters") or {}, dict) or not isinstance(content.get("id", ""), str):
         raise Malformed("the request is not an object of the Open Inference protocol; expected inputs, and perhaps outputs, parameters (an object) and id (a string).")
     return content
@@ -219,7 +100,9 @@ def read_header(body: bytes) -> Mapping:
 
 def split_at(body: bytes, header_length: int | str | None) -> tuple[bytes, memoryview]:
     "The JSON and the bytes behind it."
-    said = str(len(body) if header_length is None else header_length)
+    if header_length is None:
+        return body, memoryview(b"")
+    said = str(header_length)
     if not (said.isascii() and said.isdecimal() and len(said) < 12 and 0 < int(said) <= len(body)):
         raise Malformed(f"Inference-Header-Content-Length is {said[:20]!r}; expected the length of the JSON, from 1 to the body's {len(body):,} bytes.")
     return body[:int(said)], memoryview(body)[int(said):]
@@ -253,27 +136,9 @@ def parse_infer(
     return Infer(table_of(tensors, params, columns=columns), content.get("id", ""), outputs, binary, **wishes)
 
 # %% ../../nbs/serve/openinference.ipynb #bac7cf26
-def typed(values: list) -> tuple[str, list]:
-    "The datatype that holds all values, and the values in it."
-    types = set(map(type, values))
-    if types == {bool}:
-        return "BOOL", values
-    if types == {int} and -(2**63) <= min(values) and max(values) < 2**63:
-        return "INT64", values
-    if types & {int, float} and types <= {int, float, type(None)}:
-        return "FP64", [math.nan if value is None else float(value) for value in values]
-    return "BYTES", ["" if value is None else value if isinstance(value, str) else encoded(value).decode() for value in values]
+OUTPUT = "prediction"  # what answers without names are called
 
 
-def tensor_of(name: str, values: list) -> Tensor:
-    "One output: [n], or [n, k] when every value is a list."
-    shape: tuple[int, ...] = (len(values),)
-    if list in (types := set(map(type, values))) and types <= {list, type(None)}:
-        width = max(len(row or ()) for row in values)
-        shape, values = (len(values), width), [value for row in values for value in (*(row or ()), *[None] * (width - len(row or ())))]
-    return Tensor(name, *(lambda datatype, typed: (datatype, shape, typed))(*typed(values)))
-
-# %% ../../nbs/serve/openinference.ipynb #e1e7ead2
 def tensors_of(
     answers: list,  # one JSON-ready answer a row
 ) -> list[Tensor]:
@@ -320,13 +185,7 @@ def chosen(
     return [there[name] for name in names or there]
 
 
-def packed(tensor: Tensor) -> bytes:
-    "The values of a tensor as they travel behind the JSON."
-    import numpy as np
 
-    if tensor.datatype != "BYTES":
-        return np.array(tensor.values, DATATYPES[tensor.datatype]).tobytes()
-    return b"".join(part for text in (value.encode("utf-8", "replace") for value in tensor.values) for part in (struct.pack("<I", len(text)), text))
 
 # %% ../../nbs/serve/openinference.ipynb #b6e78554
 def infer_answer(

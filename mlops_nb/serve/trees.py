@@ -102,30 +102,42 @@ def steps_of(trees: Trees) -> tuple[np.ndarray, ...]:
     return rows, nodes.astype(np.int32), parent, is_left
 
 # %% ../../nbs/serve/trees.ipynb #65e04e29
-BLOCK = 50_000  # questions that are looked at together: they stay in the processor's cache
+BLOCK = 50_000  # shares that are looked at together: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
 class Block:
     "Paths of one length: arrays of (features on the path, leaves)."
     z: np.ndarray  # share of the training rows that pass
-    features: np.ndarray
-    first: np.ndarray  # the node below the first question about that feature
-    more: np.ndarray  # and those below further ones
-    owners: np.ndarray  # the places that these belong to
+    last: np.ndarray  # the node below the last question about that feature
+    order: np.ndarray  # the places of all shares, feature by feature
+    starts: np.ndarray  # where in that order each feature begins
+    features: np.ndarray  # and which it is
     values: np.ndarray  # (outputs, leaves)
     points: np.ndarray  # of Gauss's quadrature
     weights: np.ndarray
 
 
-def blocks_of(trees: Trees, n_features: int) -> tuple[list[Block], np.ndarray, np.ndarray]:
-    "All paths in blocks; then the parent of every node and whether it is a left child."
+def repeated(key: np.ndarray, nodes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    "Nodes whose question about a feature is not the first one on the way, and the nodes below the one before: second questions, then third ones."
+    more = key[1:] == key[:-1]  # a path's questions about one feature stand together, the last one first
+    nodes, above = nodes[:-1][more], nodes[1:][more]
+    nodes, some = np.unique(nodes, return_index=True)
+    above, found = above[some], []
+    while len(nodes):
+        later = np.isin(above, nodes)
+        found.append((nodes[~later], above[~later]))
+        nodes, above = nodes[later], above[later]
+    return found
+
+
+def blocks_of(trees: Trees, n_features: int) -> tuple[list[Block], list, np.ndarray, np.ndarray]:
+    "All paths in blocks; the repeated questions; the parent of every node and whether it is a left child."
     rows, nodes, parent, is_left = steps_of(trees)
     key = rows * n_features + trees.feature[parent[nodes]]
     order = np.argsort(key, kind="stable")
     key, nodes = key[order], nodes[order]
     starts = np.flatnonzero(np.diff(key, prepend=-1))  # of the questions about one feature on the way to one leaf
-    asked = np.diff(starts, append=len(key))
     share = trees.cover[nodes] / np.maximum(trees.cover[parent[nodes]], 1e-300)
     z = np.maximum(np.multiply.reduceat(share, starts), 1e-300) if len(key) else share
     leaves = np.flatnonzero(trees.left < 0)
@@ -136,12 +148,11 @@ def blocks_of(trees: Trees, n_features: int) -> tuple[list[Block], np.ndarray, n
         points, weights = np.polynomial.legendre.leggauss(-(-int(length) // 2))
         for some in np.split(alike, range(size, len(alike), size)):
             at = begins[some] + np.arange(length)[:, None]
-            n_more = asked[at].ravel() - 1
-            owners = np.repeat(np.arange(at.size), n_more)
-            nth = np.arange(n_more.sum()) - np.repeat(np.cumsum(n_more) - n_more, n_more) + 1
-            blocks.append(Block(z[at], key[starts[at]] % n_features, nodes[starts[at]], nodes[starts[at.ravel()[owners]] + nth], owners,
-                                trees.value[leaves[some]].T.copy(), (points + 1) / 2, weights / 2))
-    return blocks, parent, is_left
+            features = (key[starts[at]] % n_features).ravel()
+            order = np.argsort(features, kind="stable")
+            there, first = np.unique(features[order], return_index=True)
+            blocks.append(Block(z[at], nodes[starts[at]], order, first, there, trees.value[leaves[some]].T.copy(), (points + 1) / 2, weights / 2))
+    return blocks, repeated(key, nodes), parent, is_left
 
 # %% ../../nbs/serve/trees.ipynb #668c2961
 class Paths:
@@ -153,10 +164,17 @@ class Paths:
         n_features: int,  # that it was trained on
     ):
         self.trees, self.n_features = trees, n_features
-        self.blocks, self.parent, self.is_left = blocks_of(trees, n_features)
+        self.blocks, self.repeated, self.parent, self.is_left = blocks_of(trees, n_features)
         self.base = trees.value[(trees.left < 0) & (self.parent < 0)].sum(axis=0)
         for block in self.blocks:
             self.base = self.base + block.values @ block.z.prod(axis=0)
+
+    def passed(self, x: np.ndarray) -> np.ndarray:
+        "Of every node: whether a row answers the question above it, and those about the same feature before, so that it comes by."
+        passed = self.trees.goes_left(x)[self.parent] == self.is_left
+        for nodes, above in self.repeated:
+            passed[nodes] &= passed[above]
+        return passed
 
     def contributions(
         self,
@@ -164,17 +182,16 @@ class Paths:
         output: int = 0,  # which of the outputs
     ) -> np.ndarray:  # (features,); base + their sum is the output
         "Shapley values of one row under the path-dependent expectation (Lundberg et al. 2020)."
-        found = np.zeros(self.n_features)
-        taken = self.trees.goes_left(x)[self.parent] == self.is_left
+        found, passed = np.zeros(self.n_features), self.passed(x)
         for block in self.blocks:
-            passes = taken[block.first]
-            passes.ravel()[block.owners[~taken[block.more]]] = False
-            differs, total = passes - block.z, np.zeros(block.z.shape)
+            differs, total, factors = passed[block.last] - block.z, np.zeros(block.z.shape), np.empty(block.z.shape)
             for point, weight in zip(block.points, block.weights):
-                factors = block.z + point * differs
-                total += factors.prod(axis=0) * weight / factors
-            total *= differs * block.values[output]
-            found += np.bincount(block.features.ravel(), total.ravel(), self.n_features)
+                np.multiply(differs, point, out=factors)
+                factors += block.z
+                total += np.divide(factors.prod(axis=0) * weight, factors, out=factors)
+            total *= differs
+            total *= block.values[output]
+            found[block.features] += np.add.reduceat(total.ravel()[block.order], block.starts)
         return found
 
 # %% ../../nbs/serve/trees.ipynb #3230dfa9
@@ -184,30 +201,34 @@ def known_codes(model: object) -> np.ndarray:
     return bits(words)[places] if len(words) else np.zeros((model.n_features_in_, 256), bool)
 
 
-def boosted(model: object) -> tuple[np.ndarray, Trees]:
+def boosted(model: object) -> tuple[np.ndarray, list[Trees]]:
     "What gradient boosting starts from, and its trees."
     n = model.estimators_.shape[1]
     parts = [from_tree(one.tree_, model.learning_rate, k, n) for stage in model.estimators_ for k, one in enumerate(stage)]
-    return model._raw_predict_init(np.zeros((1, model.n_features_in_)))[0], joined(parts)
+    return model._raw_predict_init(np.zeros((1, model.n_features_in_)))[0], parts
 
 
-def grown(model: object) -> tuple[np.ndarray, Trees]:
+def grown(model: object) -> tuple[np.ndarray, list[Trees]]:
     "A tree or a forest: nothing to start from, each tree with its share."
     members = getattr(model, "estimators_", [model])
     parts = [from_tree(one.tree_, 1 / len(members)) for one in members]
-    return np.zeros(parts[0].value.shape[1]), joined(parts)
+    return np.zeros(parts[0].value.shape[1]), parts
 
 
-def histogram_boosted(model: object) -> tuple[np.ndarray, Trees]:
+def histogram_boosted(model: object) -> tuple[np.ndarray, list[Trees]]:
     "What histogram boosting starts from, and its trees."
     known, n = known_codes(model), model.n_trees_per_iteration_
     parts = [from_predictor(one, known, k, n) for stage in model._predictors for k, one in enumerate(stage)]
-    return np.asarray(model._baseline_prediction, float).ravel(), joined(parts) if parts else grown_from_nothing(n)
+    return np.asarray(model._baseline_prediction, float).ravel(), parts
 
 
-def grown_from_nothing(n: int) -> Trees:
-    one = np.zeros(1, int)
-    return Trees(one - 1, one - 1, one, one.astype(float), one.astype(bool), one + 1.0, np.zeros((1, n)), one - 1)
+NODES = 100_000  # of trees that are looked at together: what is needed while their paths are made stays small
+
+
+def groups_of(parts: list[Trees]) -> list[Trees]:
+    "Trees one after the other, joined to groups."
+    ends = np.cumsum([len(part.left) for part in parts]) // NODES
+    return [joined([parts[i] for i in np.flatnonzero(ends == group)]) for group in np.unique(ends)]
 
 # %% ../../nbs/serve/trees.ipynb #260cc367
 READERS = {"DecisionTree": grown, "ExtraTree": grown, "RandomForest": grown, "ExtraTrees": grown, "GradientBoosting": boosted, "HistGradientBoosting": histogram_boosted}
@@ -230,10 +251,10 @@ class TreeModel:
         self,
         model: object,  # a fitted estimator that `is_tree`
     ):
-        start, trees = READERS[type(model).__name__.removesuffix("Classifier").removesuffix("Regressor")](model)
+        start, parts = READERS[type(model).__name__.removesuffix("Classifier").removesuffix("Regressor")](model)
         mask = getattr(model, "is_categorical_", None)
-        self.model, self.paths = model, Paths(trees, model.n_features_in_)
-        self.base = start + self.paths.base
+        self.model, self.paths = model, [Paths(trees, model.n_features_in_) for trees in groups_of(parts)]
+        self.base = sum((one.base for one in self.paths), start)
         self.order = np.arange(model.n_features_in_) if mask is None else np.concatenate([np.flatnonzero(mask), np.flatnonzero(~mask)])
 
     def seen(self, X: object) -> np.ndarray:
@@ -247,7 +268,7 @@ class TreeModel:
     ) -> np.ndarray:  # (rows, features), the features in the order of the model's inputs
         "The contributions of each feature to one output of each row."
         seen = self.seen(X)
-        found = np.stack([self.paths.contributions(x, output) for x, output in zip(seen, np.zeros(len(seen), int) if outputs is None else outputs)])
-        back = np.empty_like(found)
-        back[:, self.order] = found
-        return back
+        found = np.zeros((len(seen), len(self.order)))
+        for i, output in enumerate([0] * len(seen) if outputs is None else outputs):
+            found[i, self.order] = sum(paths.contributions(seen[i], output) for paths in self.paths)
+        return found
