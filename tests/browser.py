@@ -171,9 +171,9 @@ def stop(server: subprocess.Popen) -> None:
         server.wait(15)
     except subprocess.TimeoutExpired:
         os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        server.wait(60)
     except ProcessLookupError:
-        server.wait()
+        server.wait(60)
 
 
 FAINT = """

@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from patience import finished, started
 from IPython.core.inputtransformer2 import TransformerManager
 from mlops_nb.core.errors import Invalid, NotFound
 from mlops_nb.core.settings import init
@@ -121,7 +122,7 @@ def test_what_is_no_notebook_says_so(shop, content, error):
 
 def test_a_user_s_code_says_nothing_on_our_screen(shop):
     notebook("a.ipynb", "x = '\\d'\n1 is 1")
-    done = subprocess.run([sys.executable, "-c", "from mlops_nb.pipeline.code import code_digest; code_digest('a.ipynb')"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", "from mlops_nb.pipeline.code import code_digest; code_digest('a.ipynb')"], capture_output=True, text=True, check=True, timeout=300)
     assert done.stderr == "" and done.stdout == ""
 
 
@@ -415,7 +416,7 @@ def test_results_that_are_gone_are_made_again(one, what, said):
     (folder / "train/train.ipynb").write_text("")
     one.records[0]["steps"][0]["executed"] = f".mlops/runs/{number}/train/train.ipynb"
     assert one.ask()
-    subprocess.run(["rm", "-r", str(folder / what)], check=True)
+    subprocess.run(["rm", "-r", str(folder / what)], check=True, timeout=300)
     assert one.ask().reasons == (said.format(number),)
 
 
@@ -628,13 +629,12 @@ def test_files_may_be_read_while_the_memory_is_written(shop, monkeypatch):
             code.SEEN[f"code {number}"] = [0, 0, 0, 0, {}]
             if stop.wait(0.0001 if number % 50 == 0 else 0):
                 return
-    thread = threading.Thread(target=reading)
-    thread.start()
+    threads = started(reading)
     try:
         for _ in range(5):
             with remembering("memory.json"):
                 code_digest(notebook("a.ipynb", "x = 1"))
     finally:
         stop.set()
-        thread.join()
+        finished(threads)
     assert "a.ipynb" in Path("memory.json").read_text()

@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from patience import next_line, until
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="snapshots are forked processes")
 
@@ -34,10 +35,7 @@ def step(tmp_path, monkeypatch):
     yield folder
     for one in folders:
         snapshots.forget(one)
-    until = time.monotonic() + 120
-    while (left := sleepers(tmp_path)) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not left
+    until(lambda: not sleepers(tmp_path))
 
 
 def sleepers(folder):
@@ -110,22 +108,17 @@ def test_a_resumed_kernel_dies_with_its_runner_and_the_snapshot_stays(step):
     code = (f"import os, sys, time\nfrom mlops_nb.pipeline import snapshots, checkpoints\npoint = checkpoints.points({str(step())!r})[0]\n"
             f"child = snapshots.wake(point.record, {str(step() / 'k.json')!r}, environment=dict(os.environ))\nprint(child.pid, flush=True)\ntime.sleep(600)")
     runner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=clean())
-    pid = int(runner.stdout.readline())
+    pid = int(next_line(runner))
     runner.kill()
-    runner.wait()
-    kernel, until = psutil.Process(pid) if psutil.pid_exists(pid) else None, time.monotonic() + 120
-    while kernel and kernel.is_running() and kernel.status() != psutil.STATUS_ZOMBIE and time.monotonic() < until:
-        time.sleep(0.02)
-    assert not kernel or not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE
+    runner.wait(120)
+    until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     assert [point.kind for point in points(step())] == ["snapshot"]
 
 
 def test_a_snapshot_ends_by_itself(step):
     kept(step(), *FIRST, "1 / 0", environment={"MLOPS_SNAPSHOT_S": "0.5"})
-    until = time.monotonic() + 120
-    while list(step().glob("snapshot-*")) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert points(step()) == [] and not list(step().glob("snapshot-*"))
+    until(lambda: not list(step().glob("snapshot-*")))
+    assert points(step()) == []
 
 
 def test_a_snapshot_that_was_killed_is_no_point_to_go_back_to(step, tmp_path):
@@ -143,6 +136,38 @@ def test_threads_of_the_notebook_forbid_a_snapshot_and_it_says_so(step):
     kept(step(), "import threading, time\nthreading.Thread(target=time.sleep, args=(30,), name='feeder', daemon=True).start()", "x = 1", "1 / 0")
     assert points(step()) == []
     assert "feeder" in json.loads((step() / "no-snapshot.json").read_text())["why"]
+
+
+def test_large_outputs_do_not_end_the_keeping(step):
+    """zeromq would send them without a copy, by a thread of its own that runs from then on."""
+    kept(step(), "x = 1", "print('x' * 200_000)", "y = 2", "1 / 0")
+    assert [point.after for point in points(step())] == [2]
+
+
+def test_a_copy_that_hangs_holds_up_no_notebook_and_the_snapshot_before_it_stays(step):
+    """A lock that another thread holds while a process is forked is never released in the copy; here a hook waits for one, as a library's may."""
+    hook = "import os, threading\nfrom mlops_nb.pipeline import snapshots\nsnapshots.WAKING_S = 3\nheld = threading.Lock()\nheld.acquire()\nos.register_at_fork(after_in_child=held.acquire)"
+    ran = kept(step(), *FIRST, hook, "names.clear()\n1 / 0")
+    assert "ZeroDivisionError" in str(ran.error)
+    assert json.loads((step() / "no-snapshot.json").read_text()) == {"after": 2, "why": "a copy of the notebook's process did not come to life"}
+    point, = points(step())
+    assert (point.kind, point.after) == ("snapshot", 1) and len(list(step().glob("snapshot-*"))) == 1
+    assert kept(step("second"), "names", first=2, restore=point).text() == "['a', 'b']"
+
+
+def test_a_snapshot_that_hangs_is_not_waited_for(step, tmp_path, monkeypatch):
+    kept(step(), *FIRST, "1 / 0")
+    point, = points(step())
+    sleeper, = until(lambda: len(found := sleepers(tmp_path)) == 1 and found)  # the failed kernel is gone
+    sleeper.suspend()
+    monkeypatch.setattr(snapshots, "WAKING_S", 2)
+    try:
+        with pytest.raises(Unavailable, match="has ended or hangs"):
+            snapshots.wake(point.record, str(tmp_path / "kernel.json"), environment=dict(os.environ))
+        snapshots.forget(step())
+    finally:
+        sleeper.resume()
+    until(lambda: not sleepers(tmp_path))  # it finds out that nobody waits any more for the kernel, and then that it is to end
 
 
 def test_parallel_loops_work_after_a_resume(step):
@@ -339,10 +364,7 @@ def test_a_live_session_can_be_interrupted_and_ended(failed, tmp_path):
     os.kill(manager.provisioner.pid, signal.SIGKILL)  # as when the Jupyter server dies
     client.stop_channels()
     manager.cleanup_resources()
-    until = time.monotonic() + 120
-    while len(sleepers(tmp_path)) > 1 and time.monotonic() < until:
-        time.sleep(0.05)
-    assert len(sleepers(tmp_path)) == 1, "the snapshot stays, the kernel went"
+    until(lambda: len(sleepers(tmp_path)) == 1)  # the snapshot stays, the kernel went
 
 
 def test_a_live_session_without_any_state_left_says_so(failed, step):

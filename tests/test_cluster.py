@@ -29,7 +29,7 @@ from projects import SMALL, shop
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the workers of these tests are ended by POSIX signals")
 distributed = pytest.importorskip("distributed")
 RUN = "20260105-080000-1a2b"
-APART = shutil.which("unshare") and subprocess.run(["unshare", "-rm", "sh", "-c", "mount -t tmpfs none /mnt"], capture_output=True).returncode == 0
+APART = shutil.which("unshare") and subprocess.run(["unshare", "-rm", "sh", "-c", "mount -t tmpfs none /mnt"], capture_output=True, timeout=300).returncode == 0
 LIGHT = """
 import json, os, time
 from pathlib import Path
@@ -116,14 +116,14 @@ class Cluster:
         if name == "scheduler" and self.client:
             self.client.close()
         self.processes[name].kill()
-        self.processes.pop(name).wait()
+        self.processes.pop(name).wait(120)
 
     def close(self):
         if self.client:
             self.client.close()
         for process in self.processes.values():
             process.kill()
-            process.wait()
+            process.wait(120)
 
 
 @pytest.fixture(autouse=True)
@@ -299,7 +299,7 @@ def test_a_client_that_dies_takes_its_step_along(near, shop):
         near.wait(lambda: pids_in(pids))
     finally:
         client.kill()
-        client.wait()
+        client.wait(120)
     near.wait(lambda: not any(map(alive, pids_in(pids))))
 
 
@@ -527,7 +527,7 @@ def test_code_travels_and_nothing_else(home, tmp_path, git):
     notebook(tmp_path, "1", name="outside")
     if git:
         (home / ".gitignore").write_text("scratch\nvenv\n")
-        subprocess.run(["git", "init", "-q", str(home)], check=True)
+        subprocess.run(["git", "init", "-q", str(home)], check=True, timeout=300)
     code = travel.code_of(project(), tmp_path / "outside.ipynb")
     travel.may_travel(project(), code)
     assert set(code) == {"settings.ini", "tools.py", "sql/orders.sql", "conf/base.yaml", "outside.ipynb", *([] if git else ["scratch/try.py"])}

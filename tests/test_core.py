@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from patience import next_line, until
 
 from mlops_nb.core.address import Address, bare_name, pick
 from mlops_nb.core.errors import Conflict, Invalid, NotFound, Unavailable
-from mlops_nb.core.files import digest_of, locked, read_json, write_atomic, write_json
+from mlops_nb.core.files import digest_of, locked, private_folder, read_json, write_atomic, write_json
 from mlops_nb.core.gates import Gate, judge
 from mlops_nb.core.plots import KINDS, draw
 from mlops_nb.core.report import Report
@@ -66,11 +67,10 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path):
             f"for n in itertools.count(1): write_json({str(target)!r}, {{'n': n, 'pad': 'x' * 200_000}})")
     for delay in (0.0, 0.01, 0.03, 0.05):
         process = subprocess.Popen([sys.executable, "-c", code])
-        while read_json(target)["n"] == 0 and process.poll() is None:
-            time.sleep(0.005)
+        until(lambda: read_json(target)["n"] > 0, process=process)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.wait(120)
         facts = read_json(target)
         assert facts["n"] > 0 and len(facts["pad"]) == 200_000
         write_json(target, {"n": 0})
@@ -81,10 +81,10 @@ def tiny_disk(tmp_path):
     """A real file system of 256 kB."""
     place = tmp_path / "disk"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True, timeout=300).returncode:
         pytest.skip("mounting a small file system needs root")
     yield place
-    subprocess.run(["umount", str(place)], check=True)
+    subprocess.run(["umount", str(place)], check=True, timeout=300)
 
 
 def test_a_full_disk_is_one_sentence_and_harms_nothing(tiny_disk):
@@ -97,7 +97,7 @@ def test_a_full_disk_is_one_sentence_and_harms_nothing(tiny_disk):
 
 def test_a_read_only_disk_is_one_sentence(tiny_disk):
     write_json(tiny_disk / "facts.json", {"n": 1})
-    subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True, timeout=300)
     with pytest.raises(Unavailable, match="read-only"):
         write_json(tiny_disk / "facts.json", {"n": 2})
     assert read_json(tiny_disk / "facts.json") == {"n": 1}
@@ -120,13 +120,43 @@ def test_a_lock_is_released_when_its_holder_is_killed(tmp_path):
     lock = tmp_path / "run.lock"
     code = f"import time\nfrom mlops_nb.core.files import locked\nwith locked({str(lock)!r}): print('held', flush=True); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline().strip() == "held"
+    assert next_line(holder).strip() == "held"
     with pytest.raises(Conflict, match="somebody is here"), locked(lock, timeout_s=0, message="somebody is here"):
         pass
     holder.kill()
-    holder.wait()
+    holder.wait(120)
     with locked(lock, timeout_s=120):
         pass
+
+
+def test_a_private_folder_is_made_closed_and_kept(tmp_path):
+    before = os.umask(0)
+    try:
+        made = private_folder(tmp_path / "door", "we meet there")
+    finally:
+        os.umask(before)
+    (made / "kept").write_text("")
+    assert made.stat().st_mode & 0o777 == 0o700
+    assert [path.name for path in private_folder(made, "we meet there").iterdir()] == ["kept"]
+
+
+def stranger(folder):
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 65534, 65534)
+
+
+@pytest.mark.parametrize("spoil, sentence", [
+    (lambda folder: (folder.mkdir(), folder.chmod(0o750)), "is open to others; remove it, we meet there"),
+    (lambda folder: (folder.mkdir(), folder.chmod(0o701)), "is open to others"),
+    (lambda folder: ((folder.parent / "real").mkdir(mode=0o700), folder.symlink_to("real")), "belongs to somebody else or is open"),
+    (lambda folder: folder.symlink_to("nowhere"), "a file stands where a folder was expected"),
+    (lambda folder: folder.write_text(""), "a file stands where a folder was expected"),
+    pytest.param(stranger, "belongs to somebody else", marks=pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="needs root, to become somebody else")),
+], ids=["group", "others", "link", "dangling", "file", "stranger"])
+def test_a_folder_that_is_not_private_is_not_used(tmp_path, spoil, sentence):
+    spoil(tmp_path / "door")
+    with pytest.raises(Unavailable, match=sentence):
+        private_folder(tmp_path / "door", "we meet there")
 
 
 def test_digest_is_blake3_of_the_reference_vector(tmp_path):

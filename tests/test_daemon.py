@@ -273,7 +273,7 @@ def test_a_leader_that_hangs_is_replaced_and_does_nothing_when_it_wakes(shop):
     finally:
         for one in (first, second):
             one.kill()
-            one.wait()
+            one.wait(120)
 
 
 def test_the_fencing_number_stops_a_leader_that_does_not_know_yet(shop):
@@ -297,7 +297,7 @@ def test_a_process_whose_claim_was_repeated_ends_quietly(shop):
         db.execute("UPDATE fires SET state = 'claimed', attempt = 1, fencing = 1")
     slow.lease.release()
     until_quiet(scheduler(clock))  # the claim has no process here: it is repeated as the second attempt
-    late = subprocess.run([sys.executable, "-m", "mlops_nb.pipeline.daemon", str(shop), "nightly", "2026-11-20T06:00:00Z", "1", "/bin/sh", "-c", RUN], cwd=shop)
+    late = subprocess.run([sys.executable, "-m", "mlops_nb.pipeline.daemon", str(shop), "nightly", "2026-11-20T06:00:00Z", "1", "/bin/sh", "-c", RUN], cwd=shop, timeout=300)
     assert late.returncode == 0 and set(ran().values()) == {1}
 
 
@@ -502,7 +502,7 @@ def test_a_backfill_leaves_the_work_to_a_scheduler_that_runs(shop):
         assert done.passed and len(done.facts["fires"]) == 2 and leader() == leads.pid and set(ran().values()) == {1}
     finally:
         leads.kill()
-        leads.wait()
+        leads.wait(120)
 
 
 def test_ctrl_c_takes_back_what_a_backfill_has_not_begun(shop, monkeypatch):
@@ -564,7 +564,7 @@ def test_settings_that_are_being_edited_do_not_end_it(shop):
         assert one.poll() is None
     finally:
         one.kill()
-        one.wait()
+        one.wait(120)
 
 
 def test_a_run_on_another_machine_is_believed_until_its_record_says_otherwise(shop):

@@ -253,7 +253,7 @@ def test_the_order_of_rows_survives_many_files_and_a_checkpoint(shop):
 
 def overwrite(folder: str, place: str, seed: int, ready, results) -> None:
     with in_project(folder):
-        ready.wait()
+        ready.wait(600)
         try:
             results.put(("saved", seed, delta.save(sales(50_000, seed), "s").version))
         except Conflict as error:
@@ -268,7 +268,7 @@ def test_of_two_writers_at_once_each_lands_or_is_told(shop, there):
         delta.register("s")
     context = multiprocessing.get_context("spawn")
     ready, results = context.Barrier(2), context.Queue()
-    writers = [context.Process(target=overwrite, args=(str(shop), "", seed, ready, results)) for seed in (1, 2)]
+    writers = [context.Process(target=overwrite, args=(str(shop), "", seed, ready, results), daemon=True) for seed in (1, 2)]
     [writer.start() for writer in writers]
     outcomes = [results.get(timeout=600) for _ in writers]
     [writer.join(120) for writer in writers]
@@ -303,7 +303,7 @@ def test_a_killed_save_leaves_the_version_before(shop):
         from mlops_nb.data import delta
         delta.commit_note = lambda *a: os.kill(os.getpid(), 9)
         delta.save(pd.DataFrame({{"a": np.arange(10)}}), "s")"""
-    assert subprocess.run([sys.executable, "-c", code], cwd=shop).returncode == -9
+    assert subprocess.run([sys.executable, "-c", code], cwd=shop, timeout=300).returncode == -9
     assert len(delta.versions("s")) == 1 and delta.load("s").equals(sales(10))
 
 
@@ -479,7 +479,7 @@ def bucket(monkeypatch):
         yield "s3://lake"
     finally:
         server.kill()
-        server.wait()
+        server.wait(120)
 
 
 def test_a_table_in_a_bucket(shop, bucket):

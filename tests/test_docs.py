@@ -83,7 +83,7 @@ def write_project(folder: Path, *cells: dict, contents: tuple = ("index.ipynb", 
 
 
 def docs(project: Path, *options: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "tools/docs.py", "--project", project, *options], capture_output=True, text=True, env={**os.environ, **env})
+    return subprocess.run([sys.executable, ROOT / "tools/docs.py", "--project", project, *options], capture_output=True, text=True, env={**os.environ, **env}, timeout=1200)
 
 
 def built(project: Path, *options: str) -> str:

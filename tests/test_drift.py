@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
@@ -188,7 +189,14 @@ def test_files_and_addresses_are_read(shop, months):
     months["2011-03"].to_parquet(shop / "march.parquet")
     with in_project(shop):
         save(months["2011-11"], "orders")
-        assert drift(str(shop / "march.parquet"), "orders@1", columns=["Quantity", "Country"]).facts["tested_columns"] == 2
+        asked = {"columns": ["Quantity", "Country"]}
+        found = drift(months["2011-03"], months["2011-11"], **asked).json()
+        months["2011-03"].to_csv(shop / "march.csv.gz", index=False)
+        for march in (shop / "march.parquet", str(shop / "march.parquet"), shop / "march.csv.gz", pa.Table.from_pandas(months["2011-03"])):
+            assert drift(march, "orders@1", **asked).json() == found
+        (shop / "torn.csv").write_text("a,b\n1,2\n1,2,3\n")
+        with pytest.raises(Invalid, match="torn.csv is not a readable CSV file"):
+            drift(shop / "torn.csv", "orders@1")
 
 
 def test_the_same_data_give_the_same_report(months):

@@ -25,12 +25,12 @@ def world(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLOPS_")}
     environment |= {"MLOPS_HOME": str(folder / "home"), "MLFLOW_DISABLE_TELEMETRY": "true"}
     yield folder, environment
-    subprocess.run([*MLOPS, "undeploy", "recommender"], cwd=folder, env=environment, capture_output=True)
+    subprocess.run([*MLOPS, "undeploy", "recommender"], cwd=folder, env=environment, capture_output=True, timeout=1800)
 
 
 def mlops(world: tuple, *words: str) -> tuple[int, dict, str]:
     folder, environment = world
-    done = subprocess.run([*MLOPS, *words, "--json"], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*MLOPS, *words, "--json"], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
     return done.returncode, json.loads(done.stdout) if done.stdout.startswith("{") else {}, done.stderr
 
 
@@ -82,7 +82,7 @@ def test_the_endpoint_answers_with_the_token_alone(world, first):
     code = ("import os; from mlops_nb.deploy.deployments import deployment; "
             "print(len(deployment('recommender').predict([{'CustomerID': 12347}], k=4)[0]))")
     folder, environment = world
-    assert subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True).stdout.strip() == "4"
+    assert subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800).stdout.strip() == "4"
 
 
 def test_no_secret_is_written_anywhere(world, first):
@@ -158,9 +158,9 @@ def test_the_notebooks_reproduce_their_outputs_on_the_full_set(tmp_path):
     names = [str(tmp_path / "examples" / "recommender" / path.name) for path in NOTEBOOKS]
     try:
         done = subprocess.run([sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout=600", "-p", "no:cacheprovider", "-p", "no:xdist", "-q", "-x", *names],
-                              cwd=tmp_path, env=environment, capture_output=True, text=True)
+                              cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
     finally:
-        subprocess.run([*MLOPS, "undeploy", "recommender"], cwd=tmp_path, env=environment, capture_output=True)
+        subprocess.run([*MLOPS, "undeploy", "recommender"], cwd=tmp_path, env=environment, capture_output=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-4000:]
     marked = sum("NBVAL_CHECK_OUTPUT" in "".join(cell["source"]) for path in NOTEBOOKS for cell in json.loads(path.read_text())["cells"])
     assert marked >= 7

@@ -20,6 +20,7 @@ from zoneinfo import ZoneInfo
 import nbformat
 import pytest
 import yaml
+from patience import until
 from cronsim import CronSim
 
 from mlops_nb.core.errors import Invalid, NotFound, Unavailable
@@ -97,7 +98,7 @@ def test_cron_kubernetes_and_github_are_due_when_we_are(cron, zone):
 def test_a_systemd_timer_elapses_when_we_are_due(cron, zone):
     events = calendar_events(cron, zone)
     assert events == re.findall("^OnCalendar=(.*)$", written(task(cron, zone), "systemd")["mlops-weekly.timer"], re.M)
-    said = subprocess.run(["systemd-analyze", "calendar", "--iterations=5", f"--base-time={AFTER:%Y-%m-%d %H:%M:%S} UTC", *events], capture_output=True, text=True, check=True, env={**os.environ, "TZ": "UTC", "LC_ALL": "C"})
+    said = subprocess.run(["systemd-analyze", "calendar", "--iterations=5", f"--base-time={AFTER:%Y-%m-%d %H:%M:%S} UTC", *events], capture_output=True, text=True, check=True, env={**os.environ, "TZ": "UTC", "LC_ALL": "C"}, timeout=300)
     found = {datetime.strptime(one, "%Y-%m-%d %H:%M:%S").replace(tzinfo=timezone.utc) for one in re.findall(r"(?:elapse|Iter\. #\d+): \w+ (\S+ \S+) UTC", said.stdout)}
     assert sorted(found)[:5] == ours(cron, zone)
 
@@ -122,10 +123,10 @@ def test_what_was_written_plainly_stays_as_it_was():
 @pytest.mark.parametrize("cron, zone", CASES)
 def test_crontab_reads_it(cron, zone, tmp_path):
     file = tmp_path / "table"
-    option = "-T" if "-T" in subprocess.run(["crontab", "-h"], capture_output=True, text=True).stderr else "-n"
+    option = "-T" if "-T" in subprocess.run(["crontab", "-h"], capture_output=True, text=True, timeout=300).stderr else "-n"
     for text, good in ((only(written(task(cron, zone), "cron")), True), (only(written(task(cron, zone), "cron")).replace(plain_cron(cron), "61 6 * * 1"), False)):
         file.write_text(text)
-        done = subprocess.run(["crontab", option, str(file)], capture_output=True, text=True)
+        done = subprocess.run(["crontab", option, str(file)], capture_output=True, text=True, timeout=300)
         assert (done.returncode == 0) is good, done.stderr
 
 
@@ -139,7 +140,7 @@ def units(stub, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not here")
 def test_systemd_verifies_the_units(units):
-    check = lambda: subprocess.run(["systemd-analyze", "verify", "--man=no", "--user", *map(str, sorted(units.iterdir()))], capture_output=True, text=True)
+    check = lambda: subprocess.run(["systemd-analyze", "verify", "--man=no", "--user", *map(str, sorted(units.iterdir()))], capture_output=True, text=True, timeout=300)
     assert (check().returncode, check().stderr) == (0, "")
     timer = units / "mlops-weekly.timer"
     assert "Persistent=false" in timer.read_text()
@@ -154,12 +155,12 @@ def test_systemd_runs_our_words_in_our_folder(units, stub, tmp_path):
         for folder in (tmp_path, *tmp_path.parents[:3]):
             folder.chmod(folder.stat().st_mode | 0o055)
     done = subprocess.run(["/lib/systemd/systemd", "--user", "--test", "--unit=mlops-weekly.service"], capture_output=True, text=True, user=65534 if os.getuid() == 0 else None,
-                          env={**os.environ, "SYSTEMD_UNIT_PATH": f"{units}:", "SYSTEMD_LOG_TARGET": "console", "XDG_RUNTIME_DIR": "/tmp", "LC_ALL": "C.UTF-8"})
+                          env={**os.environ, "SYSTEMD_UNIT_PATH": f"{units}:", "SYSTEMD_LOG_TARGET": "console", "XDG_RUNTIME_DIR": "/tmp", "LC_ALL": "C.UTF-8"}, timeout=300)
     if "Unit mlops-weekly.service" not in done.stdout:
         pytest.skip(f"systemd --test does not run here: {done.stderr[-200:]}")
     unit = done.stdout.split("-> Unit mlops-weekly.service:")[1].split("-> Unit ")[0]
     line = re.search("Command Line: (.*)", unit)[1]
-    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True, timeout=300).stdout.split("\0")[:-1]
     assert [word.replace("$$", "$") for word in words] == command(task(folder=str(stub), program=str(stub / "mlops")))
     assert re.search("WorkingDirectory: (.*)", unit)[1] == str(stub)
     assert re.search("KillSignal: (.*)", unit)[1] == "SIGINT"
@@ -192,7 +193,7 @@ def test_a_long_name_still_names_a_cron_job():
 def test_github_takes_the_workflow(asked, tmp_path):
     pytest.importorskip("check_jsonschema")
     (path,) = export(task(**asked), "github", tmp_path).facts["files"]
-    check = lambda: subprocess.run([sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", path], capture_output=True, text=True)
+    check = lambda: subprocess.run([sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", path], capture_output=True, text=True, timeout=300)
     done = check()
     assert done.returncode == 0, done.stdout
     flow = yaml.load(Path(path).read_text(), yaml.BaseLoader)
@@ -228,7 +229,7 @@ def in_cron(text, folder, **environment):
 def test_cron_hands_over_our_words(stub, overlap):
     one = task(folder=str(stub), program=str(stub / "mlops"), overlap=overlap)
     done = in_cron(only(written(one, "cron")), stub)
-    assert (done.communicate()[0], done.returncode) == ("", 0)
+    assert (done.communicate(timeout=120)[0], done.returncode) == ("", 0)
     assert called(stub) == [command(one)[1:]]
 
 
@@ -237,12 +238,11 @@ def test_cron_hands_over_our_words(stub, overlap):
 def test_cron_treats_an_overlapping_run_as_asked(stub, overlap, runs):
     text = only(written(task(folder=str(stub), program=str(stub / "mlops"), overlap=overlap), "cron"))
     first = in_cron(text, stub, SLOW="1.5")
-    while not called(stub):
-        assert first.poll() is None
+    until(lambda: called(stub), process=first)
     second = in_cron(text, stub)
-    assert second.wait() == 0
+    assert second.wait(300) == 0
     assert (first.poll() is None) is (overlap != "wait"), "only a waiting run ends after the first"
-    assert first.wait() == 0 and len(called(stub)) == runs
+    assert first.wait(300) == 0 and len(called(stub)) == runs
 
 
 def test_github_hands_over_our_words(stub):
@@ -251,7 +251,7 @@ def test_github_hands_over_our_words(stub):
     constant = r"\$\{\{\s*'([^']*)'\s*\}\}"  # GitHub's expressions may be constants, and nothing of ours may be another one
     assert "${{" not in re.sub(constant, "", script)
     script = re.sub(constant, r"\1", script)
-    subprocess.run(["bash", "-e", "-c", script], cwd=stub, check=True, env={"PATH": f"{stub}:/usr/bin:/bin"})
+    subprocess.run(["bash", "-e", "-c", script], cwd=stub, check=True, env={"PATH": f"{stub}:/usr/bin:/bin"}, timeout=300)
     assert called(stub) == [command(task())[1:]]
 
 
@@ -299,7 +299,7 @@ def dags(version, folder):
     for name, facts in (("all", {"misfire": "all", "overlap": "together", "until": "2027-01-31"}), ("by-hand", {})):
         export(task(name=name, **facts), "airflow", folder)
     done = subprocess.run([str(python), "-c", DAGS, str(folder), AFTER.isoformat()], capture_output=True, text=True,
-                          env={"PATH": os.environ["PATH"], "HOME": str(folder), "AIRFLOW_HOME": str(folder.parent / f"airflow {version}"), "AIRFLOW__CORE__LOAD_EXAMPLES": "False", "AIRFLOW__CORE__UNIT_TEST_MODE": "False"})
+                          env={"PATH": os.environ["PATH"], "HOME": str(folder), "AIRFLOW_HOME": str(folder.parent / f"airflow {version}"), "AIRFLOW__CORE__LOAD_EXAMPLES": "False", "AIRFLOW__CORE__UNIT_TEST_MODE": "False"}, timeout=300)
     assert "FOUND" in done.stdout, done.stderr[-2000:]
     return json.loads(done.stdout.split("FOUND")[1])
 
@@ -362,7 +362,7 @@ def test_a_crontab_line_runs_the_notebook_for_the_time_it_was_due(tmp_path, monk
     monkeypatch.chdir(folder)
     one = task_of(schedule(source="train.ipynb", params={"week": "{week}", "day": "{due:%a %H:%M}", "note": "5% it's"}))
     done = in_cron(only(written(replace(one, program=str(program)), "cron")), folder, MLOPS_WARM="0", MLOPS_TRACKING_RUNS="false")
-    assert (done.communicate()[0], done.returncode) == ("", 0), (folder / ".mlops" / "mlops-weekly.log").read_text()
+    assert (done.communicate(timeout=120)[0], done.returncode) == ("", 0), (folder / ".mlops" / "mlops-weekly.log").read_text()
     (file,) = folder.glob(".mlops/runs/*/run.json")
     record = json.loads(file.read_text())
     due = datetime.fromisoformat(record["trigger"].removeprefix("schedule:weekly@").replace("Z", "+00:00")).astimezone(ZoneInfo("Europe/Paris"))
@@ -402,7 +402,7 @@ def test_every_tool_says_where_it_differs():
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not here")
 def test_systemd_leaves_out_a_time_that_the_clocks_leave_out_as_we_say():
     "On 28 March 2027 Paris has no 2:30."
-    said = subprocess.run(["systemd-analyze", "calendar", "--base-time=2027-03-27 12:00:00 UTC", *calendar_events("30 2 * * *", "Europe/Paris")], capture_output=True, text=True, check=True, env={**os.environ, "TZ": "UTC", "LC_ALL": "C"})
+    said = subprocess.run(["systemd-analyze", "calendar", "--base-time=2027-03-27 12:00:00 UTC", *calendar_events("30 2 * * *", "Europe/Paris")], capture_output=True, text=True, check=True, env={**os.environ, "TZ": "UTC", "LC_ALL": "C"}, timeout=300)
     assert "2027-03-29 00:30:00 UTC" in said.stdout
     assert ours("30 2 * * *", "Europe/Paris", datetime(2027, 3, 27, 12, tzinfo=timezone.utc))[0] == datetime(2027, 3, 28, 1, 0, tzinfo=timezone.utc)
     assert any("leave out in spring" in one for one in differences(task("30 2 * * *"), "systemd"))
@@ -416,11 +416,11 @@ def install():
         place = ENVIRONMENTS / version
         if not (place / "bin" / "airflow").exists():
             print(f"installing Airflow {version} into {place} …")
-            subprocess.run([sys.executable, "-m", "venv", *(["--without-pip"] if which("uv") else []), str(place)], check=True)
+            subprocess.run([sys.executable, "-m", "venv", *(["--without-pip"] if which("uv") else []), str(place)], check=True, timeout=300)
             pip = ["uv", "pip", "install", "--quiet", "--python", str(place / "bin" / "python")] if which("uv") else [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-            subprocess.run([*pip, *packages], check=False)
+            subprocess.run([*pip, *packages], check=False, timeout=300)
     if not which("crontab") and which("apt-get") and os.getuid() == 0:
-        subprocess.run(["apt-get", "install", "-y", "--no-install-recommends", "cron"], check=False, stdout=subprocess.DEVNULL)
+        subprocess.run(["apt-get", "install", "-y", "--no-install-recommends", "cron"], check=False, stdout=subprocess.DEVNULL, timeout=300)
 
 
 if __name__ == "__main__" and "--install" in sys.argv:

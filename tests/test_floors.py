@@ -89,14 +89,14 @@ def test_only_the_interface_knows_ipython():
 @pytest.mark.parametrize("statement", ["import mlops_nb", "import mlops_nb as m; m.init; m.save; m.status; m.deployments; dir(m)"])
 def test_importing_the_package_is_light(statement):
     code = f"import sys; {statement}; print(' '.join(m for m in {HEAVY[:-1]!r} if m in sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout.split()
     assert out == []
 
 
 def test_help_of_every_verb_is_light():
     code = (f"import sys, contextlib, io\nfrom mlops_nb.interface.cli import verb_parser\nfrom mlops_nb.interface.verbs import VERBS\n"
             f"for verb in VERBS.values(): verb_parser(verb).format_help()\nprint(' '.join(m for m in {HEAVY[:8]!r} if m in sys.modules))")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout.split()
     assert out == []
 
 

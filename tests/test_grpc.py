@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from patience import next_line
 
 from mlops_nb.core.errors import Conflict, Invalid, NotFound, Unavailable, known
 from mlops_nb.serve.access import Grant
@@ -462,7 +463,7 @@ def test_a_server_with_two_workers_speaks_http_and_grpc(tmp_path):
     web = pytest.importorskip("tritonclient.http", reason="the client of Triton is not installed: pip install 'tritonclient[http]'")
     parent = subprocess.Popen([sys.executable, "-c", POOL.format(tests=os.path.dirname(__file__), folder=str(tmp_path), wait_s=WAIT_S)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
-        ports = parent.stdout.readline().split()
+        ports = next_line(parent).split()
         for kind, port in zip((web, triton), ports):
             for _ in range(4):
                 with kind.InferenceServerClient(f"127.0.0.1:{int(port)}") as client:

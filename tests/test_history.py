@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import psutil
 import pytest
+from patience import until
 
 from mlops_nb.core.errors import Conflict, Invalid, NotFound
 from mlops_nb.core.files import timestamp
@@ -41,12 +42,12 @@ def a_run(at=0, **facts):
 def ended():
     "What `process` would have said of a process that is no more."
     with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
-        child.wait()
+        child.wait(120)
     return process() | {"pid": child.pid}
 
 
 def git(folder, *arguments):
-    subprocess.run(["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@example.org", *arguments], check=True, capture_output=True)
+    subprocess.run(["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@example.org", *arguments], check=True, capture_output=True, timeout=300)
 
 
 # --- which code ----------------------------------------------------------------------------------------------------------------------
@@ -118,11 +119,10 @@ def test_a_zombie_does_not_work():
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     try:
         started = psutil.Process(child.pid).create_time() - psutil.boot_time()
-        while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
-            pass
+        until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE)
         assert not is_alive(process() | {"pid": child.pid, "process_started": started})
     finally:
-        child.wait()
+        child.wait(120)
 
 
 # --- records -------------------------------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_a_run_has_a_page(shop):
 def test_a_run_whose_process_was_killed_is_written_down_as_died(shop):
     code = ("import os, signal; from mlops_nb.core.settings import project; from mlops_nb.pipeline.history import new_record, save\n"
             "one = new_record(project(), 'weekly', 'pipeline.toml', {}, [{'step': 'a', 'verdict': 'running'}, {'step': 'b'}])\nsave(one); os.kill(os.getpid(), signal.SIGKILL)")
-    assert subprocess.run([sys.executable, "-c", code], cwd=shop, env=ENV).returncode == -9
+    assert subprocess.run([sys.executable, "-c", code], cwd=shop, env=ENV, timeout=300).returncode == -9
     file = folder_of(ids()[0]) / "run.json"
     assert json.loads(file.read_text())["status"] == "running"
     dead = reap()
@@ -303,7 +303,7 @@ def test_the_last_word_on_a_run_counts(shop):
 def test_two_writers_do_not_tear_each_others_lines(shop):
     code = "import sys; from test_history import a_run\nfor at in range(int(sys.argv[1]), 120, 3): a_run(at, problem='é' * 250)"
     writers = [subprocess.Popen([sys.executable, "-c", code, str(first)], env=ENV | {"PYTHONPATH": os.path.dirname(__file__)}) for first in range(3)]
-    assert [one.wait() for one in writers] == [0, 0, 0]
+    assert [one.wait(600) for one in writers] == [0, 0, 0]
     assert len(indexed()) == 120 and len(index(shop).read_bytes().split(b"\n")) == 121 and len(summaries()) == 120
 
 
@@ -358,4 +358,4 @@ def test_what_mlflow_does_not_know_is_said(shop):
 def test_listing_runs_is_light(shop):
     a_run(0)
     code = "import sys; from mlops_nb.pipeline.history import runs; runs(); print([n for n in ('mlflow', 'papermill', 'pandas', 'numpy', 'matplotlib') if n in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENV, cwd=shop).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENV, cwd=shop, timeout=300).stdout.strip() == "[]"

@@ -142,7 +142,7 @@ def test_a_running_cell_can_be_interrupted():
             client.start_channels()
             await client.wait_for_ready(timeout=300)
             client.execute("import time\nprint('begun')\ntime.sleep(600)")
-            while (await client.iopub_channel.get_msg())["msg_type"] != "stream":
+            while (await client.iopub_channel.get_msg(timeout=300))["msg_type"] != "stream":
                 pass
             await manager.interrupt_kernel()
             while (reply := await client.shell_channel.get_msg(timeout=300))["msg_type"] != "execute_reply":
@@ -163,7 +163,7 @@ def test_two_may_wait_for_one_kernel_and_one_may_give_up():
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(manager.provisioner.wait(), 0.05)
             await manager.provisioner.kill()
-            ended = await asyncio.gather(first, second)
+            ended = await asyncio.wait_for(asyncio.gather(first, second), 300)
             await manager.cleanup_resources()
             return ended
 

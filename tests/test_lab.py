@@ -75,7 +75,7 @@ def ask(tmp_path, monkeypatch):
 
     def send(*requests, token=TOKEN, **options):
         with ThreadPoolExecutor(1) as thread:
-            send.app, answers = thread.submit(asyncio.run, asked(requests, token, options)).result()
+            send.app, answers = thread.submit(asyncio.run, asked(requests, token, options)).result(300)
         return answers
 
     send.root = root

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from mlops_nb.core.errors import Invalid
@@ -57,6 +58,12 @@ def test_the_same_rows_as_cleanlab():
         label_issues(labels, probabilities[:, :2])
     with pytest.raises(Invalid, match="no column 'lable' to be the target; did you mean label"):
         label_errors(labelled(50, 2)[0], "lable")
+    nested = pa.array([[1], [2]] * 25)
+    for cells in (nested.to_pylist(), [{"a": 1}, "b"] * 25, pd.Series(nested, dtype=pd.ArrowDtype(nested.type))):
+        frame = pd.DataFrame({"x": range(50), "label": cells})
+        for ask in (label_errors, check):
+            with pytest.raises(Invalid, match="'label' has cells that cannot be told apart"):
+                ask(frame, target="label")
 
 
 def test_folds_hold_every_class_alike():

@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 
 import numpy as np
 import pandas as pd
 import pytest
+from patience import next_line, until
 from sklearn.linear_model import LogisticRegression
 
 from mlops_nb.core.errors import Invalid, NotFound, Unavailable
@@ -229,7 +229,7 @@ for i in range(count):
 
 def writer(file, name, count):
     process = subprocess.Popen([sys.executable, "-c", WRITE, str(file), name, str(count)], env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
+    assert next_line(process)
     return process
 
 
@@ -254,10 +254,9 @@ def test_a_killed_process_leaves_a_readable_record(tmp_path):
             before = file.stat().st_size if file.exists() else 0
             process.stdin.write("\n")
             process.stdin.flush()
-            while not file.exists() or file.stat().st_size < before + 30_000:
-                time.sleep(0.001)
+            until(lambda: file.exists() and file.stat().st_size >= before + 30_000, process=process)
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.wait(120)
             lines = [line for line in file.read_bytes().split(b"\n") if line]
             assert len(entries("orders")) >= len(lines) - 1 and len(lines) > 10
 

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from patience import finished
 
 from mlops_nb.core.errors import GateFailed, Invalid, NotFound, Unavailable
 from mlops_nb.core.settings import in_project
@@ -37,12 +38,11 @@ def write_many(folder, worker):
 
 
 def test_processes_and_threads_do_not_mix_their_lines(tmp_path):
-    workers = [multiprocessing.get_context("spawn").Process(target=write_many, args=(tmp_path, n)) for n in range(3)]
-    threads = [threading.Thread(target=write_many, args=(tmp_path, n)) for n in range(3, 6)]
+    workers = [multiprocessing.get_context("spawn").Process(target=write_many, args=(tmp_path, n), daemon=True) for n in range(3)]
+    threads = [threading.Thread(target=write_many, args=(tmp_path, n), daemon=True) for n in range(3, 6)]
     for one in workers + threads:
         one.start()
-    for one in workers + threads:
-        one.join()
+    finished(workers + threads)
     frame = PredictionLog(tmp_path).read()
     assert len(frame) == 6 * 60 * 3 and frame.attrs["damaged"] == 0
     assert (frame.groupby("request").size() == 3).all() and (frame.text.str.len() == 3000).all()
@@ -56,7 +56,7 @@ def test_a_killed_writer_costs_at_most_its_last_line(tmp_path):
     while time.monotonic() < deadline and not (file.exists() and file.stat().st_size > 5000):
         time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.wait(120)
     with file.open("r+b") as torn:  # and a machine that died in the middle of a line
         torn.truncate(file.stat().st_size - 20)
     log = PredictionLog(tmp_path)
@@ -73,7 +73,7 @@ def test_a_full_disk_says_so_and_what_was_written_stays(tmp_path):
 
     code = (f"from mlops_nb.monitor.predictions import PredictionLog\nlog = PredictionLog({str(tmp_path)!r})\nlog.record([{{'a': 1}}], [1], model='m@1', at='2026-01-05')\n"
             "log.record([{'a': 'x' * 9000}], [2], model='m@1', at='2026-01-05')")
-    assert subprocess.run([sys.executable, "-c", code], preexec_fn=limited, capture_output=True).returncode != 0
+    assert subprocess.run([sys.executable, "-c", code], preexec_fn=limited, capture_output=True, timeout=300).returncode != 0
     frame = PredictionLog(tmp_path).read()
     assert frame.prediction.tolist() == [1] and frame.attrs["damaged"] == 1
 
@@ -160,7 +160,7 @@ def test_no_alerts_and_wrong_alerts(inside):
 
 def test_alerts_are_light_to_ask_for():
     code = "import sys, mlops_nb.monitor.alerts; print([one for one in ('pandas', 'numpy', 'scipy', 'mlflow') if one in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300).stdout.strip() == "[]"
 
 
 # -- the verdict -----------------------------------------------------------------------------------

@@ -6,11 +6,11 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from patience import next_line, until
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -170,14 +170,14 @@ class Worker:
     def ask(self, order: str) -> str:
         self.process.stdin.write(order + "\n")
         self.process.stdin.flush()
-        return self.process.stdout.readline().strip("\n")
+        return next_line(self.process).strip("\n")
 
     def page(self) -> dict:
         return read(self.ask("page").replace("\x1f", "\n").encode())
 
     def kill(self):
         self.process.kill()
-        self.process.communicate()
+        self.process.communicate(timeout=120)
 
 
 @pytest.fixture
@@ -303,8 +303,7 @@ def test_counters_never_go_back_while_workers_come_and_go(workers):
         worker.ask(f"answer {n + 1}")
         total += n + 1
         os.kill(worker.process.pid, signal.SIGTERM)
-        while worker.process.poll() is None:
-            seen.append(value(reader.page(), "mlops_requests_total"))
+        until(lambda: seen.append(value(reader.page(), "mlops_requests_total")) or worker.process.poll() is not None)
         seen.append(value(reader.page(), "mlops_requests_total"))
         assert seen == sorted(seen) and seen[-1] == total
 
@@ -325,7 +324,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, caplog):
 
 def test_importing_starts_nothing():
     code = "import sys, threading; import mlops_nb.serve.access, mlops_nb.serve.observe; print(threading.active_count(), 'prometheus_client' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["1", "False"]
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout.split() == ["1", "False"]
 
 
 # a line a request
@@ -525,7 +524,7 @@ def test_ids_of_forked_workers_differ():
     code = ("import os, sys\nfrom mlops_nb.serve.logs import request_id\nrequest_id()\n"
             "for _ in range(3):\n    if os.fork() == 0:\n        os.write(1, (''.join(request_id() + '\\n' for _ in range(500))).encode()); os._exit(0)\nfor _ in range(3): os.wait()")
     if os.name == "posix":
-        ids = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        ids = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout.split()
         assert len(ids) == len(set(ids)) == 1500
 
 

@@ -193,7 +193,7 @@ def test_a_second_run_is_refused_and_a_killed_one_is_known_to_be_dead(shop):
     with pytest.raises(Conflict, match=rf"another run \({started['id']}, since {re.escape(started['started_at'])}\) of slow is under way in"):
         run("slow.ipynb")
     runner.kill()
-    runner.communicate()
+    runner.communicate(timeout=120)
     assert [row["status"] for row in runs().facts["runs"]] == ["died"] and recent()[0]["id"] == started["id"]
     left = nbformat.read(copy, as_version=4)
     assert "seen before the wait" in str(left.cells[3].outputs), "the copy is readable and holds what was done"
@@ -252,7 +252,7 @@ def test_the_page_of_a_notebook_asks_the_network_for_nothing(tmp_path):
 def test_listing_runs_loads_no_heavy_library(shop):
     code = "import sys; from mlops_nb.pipeline.runs import run; from mlops_nb.pipeline.history import recent, runs; recent(); runs(); print([n for n in " \
            "('papermill', 'nbclient', 'nbconvert', 'nbformat', 'jupyter_client', 'pandas', 'numpy', 'IPython', 'matplotlib', 'mlflow') if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert ast.literal_eval(done.stdout) == [], done.stderr
 
 

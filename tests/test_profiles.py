@@ -343,7 +343,7 @@ def test_one_huge_row_group_does_not_fill_the_memory(tmp_path):
     pq.write_table(pa.table({f"c{i}": rng.random(n) for i in range(6)}), file, row_group_size=n, use_dictionary=False)
     code = (f"import pyarrow as pa\nfrom mlops_nb.data.streams import parts_of, read_part\nparts, schema = parts_of({str(file)!r})\n"
             "read_part(parts[0], schema)\nprint(len(parts), pa.default_memory_pool().max_memory())")
-    parts, peak = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    parts, peak = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout.split())
     assert parts == 1 and peak < 6 * 8 * n / 2  # the row group is 144 MB
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from patience import next_line
 
 from mlops_nb.core.errors import Unavailable
 from mlops_nb.core.settings import project
@@ -79,7 +80,7 @@ def recorder(run, folder, **options):
 def test_a_run_and_its_steps(shop, monkeypatch):  # noqa: F811
     monkeypatch.chdir(shop)
     for command in (["init", "-q", "-b", "main"], ["add", "settings.ini"], ["-c", "user.name=a", "-c", "user.email=a@b.org", "commit", "-qm", "first"]):
-        subprocess.run(["git", *command], check=True, capture_output=True)
+        subprocess.run(["git", *command], check=True, capture_output=True, timeout=300)
     (shop / "settings.ini").open("a").write("# edited\n")
     (shop / "pipeline.toml").write_text("[pipeline]\n")
     one = a_run("failed", prepare={"verdict": "passed", "started_at": "2026-01-05T06:00:00Z", "seconds": 2.5, "cpu_s": 2.0, "peak_mb": 300.0, "attempts": 2, "kernel": "warm",
@@ -230,7 +231,7 @@ def test_a_short_run_is_told_once_it_is_over_and_a_killed_one_as_killed(shop):  
             wait_for(lambda: sending(one["id"])["by"])
             assert record(one["id"])["status"] == "running" and known(one["id"])[0] is None
             runner.kill()
-            runner.wait()
+            runner.wait(120)
             assert child.wait(300) == 0
         finally:
             child.kill()
@@ -260,7 +261,7 @@ def test_a_recorder_killed_at_any_point_leaves_no_doubles(shop, kill_after, time
     code = ("import os, signal, sys\nfrom mlflow import MlflowClient\nfrom mlops_nb.pipeline.recorder import send\ncount = [0]\n"
             f"real = MlflowClient.{kill_after}\ndef kill(*arguments, **options):\n    done = real(*arguments, **options)\n    count[0] += 1\n"
             f"    if count[0] == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)\n    return done\nMlflowClient.{kill_after} = kill\nsend({one['id']!r})")
-    assert subprocess.run([sys.executable, "-c", code, time_], cwd=shop, env=ENV).returncode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", code, time_], cwd=shop, env=ENV, timeout=300).returncode == -signal.SIGKILL
     assert send(one["id"])["sent"] and unsent() == []
     parent, steps, _ = known(one["id"])
     assert parent.info.status == "FINISHED" and set(steps) == {"prepare", "train"} and {step.info.status for step in steps.values()} == {"FINISHED"}
@@ -288,7 +289,7 @@ def test_a_locked_database_is_tried_again(shop):  # noqa: F811
     code = ("import sqlite3, sys, time\ndb = sqlite3.connect('.mlops/mlflow.db', isolation_level=None)\ndb.execute('BEGIN EXCLUSIVE')\n"
             "print('locked', flush=True)\ntime.sleep(7)\ndb.execute('COMMIT')")
     with subprocess.Popen([sys.executable, "-c", code], cwd=shop, stdout=subprocess.PIPE) as holder:
-        holder.stdout.readline()
+        assert next_line(holder)
         assert send(one["id"])["sent"]
     assert known(one["id"])[0].info.status == "FINISHED"
 
@@ -323,7 +324,7 @@ class Server:
         if self.process and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         if self.process:
-            self.process.wait()
+            self.process.wait(120)
 
 
 @pytest.fixture

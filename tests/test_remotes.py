@@ -10,11 +10,13 @@ import sys
 import threading
 import uuid
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from patience import finished, started
 
 from mlops_nb.core.errors import Conflict, Invalid, MlopsError, NotFound, Unavailable
 from mlops_nb.core.files import digest_of, write_atomic
@@ -376,9 +378,7 @@ def test_two_pushes_at_the_same_moment_lose_nothing(kind, at, people, tmp_path, 
             except Conflict as error:
                 outcome[name] = error
 
-    threads = [threading.Thread(target=go, args=(name,)) for name in ("ann", "ben")]
-    [one.start() for one in threads]
-    [one.join() for one in threads]
+    finished(started(*(partial(go, name) for name in ("ann", "ben"))), timeout_s=900)
     monkeypatch.setattr(remotes, "send", real)
     late, = [name for name, what in outcome.items() if isinstance(what, Conflict)]
     first, = {"ann", "ben"} - {late}

@@ -5,12 +5,12 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import nbformat
 import pytest
+from patience import until
 
 from mlops_nb.core.errors import GateFailed, Invalid, MlopsError, NotFound, RunFailed
 from mlops_nb.core.settings import init
@@ -306,7 +306,7 @@ def test_nobody_reading_the_lines_does_not_end_a_run(shop):
     pipeline(step("a"))
     reading, writing = os.pipe()
     os.close(reading)
-    subprocess.run([sys.executable, "-m", "mlops_nb", "run"], stderr=writing, stdout=subprocess.DEVNULL, env={**os.environ, "MLOPS_PROGRESS": "1"})
+    subprocess.run([sys.executable, "-m", "mlops_nb", "run"], stderr=writing, stdout=subprocess.DEVNULL, env={**os.environ, "MLOPS_PROGRESS": "1"}, timeout=300)
     os.close(writing)
     assert record()["status"] == "passed"
 
@@ -344,15 +344,11 @@ def test_a_notebook_that_is_edited_or_deleted_while_it_runs_runs_as_it_was(shop)
     waits = "from pathlib import Path\nimport time\nPath('begun').touch()\nwhile not Path('go').exists():\n    time.sleep(0.05)"
     for change in (lambda path: path.write_text("{ half a note"), Path.unlink):
         path = write("slow.ipynb", "", waits, OUTPUT + "output(done='as it was')")
-        found = []
-        thread = threading.Thread(target=lambda: found.append(subprocess.run([sys.executable, "-m", "mlops_nb", "run", "slow.ipynb", "--json"], capture_output=True, text=True)))
-        thread.start()
-        while not Path("begun").exists():
-            time.sleep(0.05)
+        running = subprocess.Popen([sys.executable, "-m", "mlops_nb", "run", "slow.ipynb", "--json"], stdout=subprocess.DEVNULL)
+        until(Path("begun").exists, process=running)
         change(path)
         Path("go").touch()
-        thread.join()
-        assert found[0].returncode == 0, found[0].stderr
+        assert running.wait(300) == 0
         Path("go").unlink(), Path("begun").unlink()
 
 
@@ -368,18 +364,18 @@ def test_a_notebook_deleted_before_its_turn_is_named(shop):
 def test_a_full_disk_is_one_sentence_and_nothing_else_is_lost(shop, tmp_path, monkeypatch):
     place = tmp_path / "small"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, timeout=300).returncode:
         pytest.skip("needs the right to mount a file system")
     try:
         init(place, name="small")
         monkeypatch.chdir(place)
         write("fills.ipynb", "", "import os\nprint(os.urandom(3_000_000).hex()[:4_000_000])")
-        done = subprocess.run([sys.executable, "-m", "mlops_nb", "run", "fills.ipynb"], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "mlops_nb", "run", "fills.ipynb"], capture_output=True, text=True, timeout=300)
         assert done.returncode == 2 and "the disk is full; free some space and try again" in done.stderr and "Traceback" not in done.stderr
         assert record()["status"] in ("failed", "died") and nbformat.read("fills.ipynb", as_version=4).cells
     finally:
         monkeypatch.undo()
-        subprocess.run(["umount", "-l", str(place)], check=True)
+        subprocess.run(["umount", "-l", str(place)], check=True, timeout=300)
 
 
 # --- going on -------------------------------------------------------------------------------------------------------------------------
@@ -423,8 +419,7 @@ def test_a_run_that_was_killed_goes_on_from_its_state(shop, end):
     write("train.ipynb", *train)
     runner = subprocess.Popen([sys.executable, "-m", "mlops_nb", "run", "train.ipynb"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if end == "runner":
-        while not Path("begun").exists():
-            time.sleep(0.05)
+        until(Path("begun").exists, process=runner)
         runner.kill()
     assert runner.wait(600)
     write("train.ipynb", *train[:3], "pass", train[4])

@@ -257,9 +257,9 @@ def test_a_transaction_that_fails_leaves_nothing_behind(shop):
 def test_eight_processes_add_at_once_and_none_is_lost(shop):
     code = "import sys; from mlops_nb.pipeline.schedules import Schedule, keep; keep(Schedule(sys.argv[1], 'add.ipynb', '@daily'))"
     writers = [subprocess.Popen([sys.executable, "-c", code, f"s{i}"]) for i in range(8)]
-    assert [writer.wait() for writer in writers] == [0] * 8 and len(schedules()) == 8
+    assert [writer.wait(600) for writer in writers] == [0] * 8 and len(schedules()) == 8
 
 
 def test_nothing_big_is_imported_to_look_at_schedules(shop):
     code = "import sys, mlops_nb.pipeline.schedules as s, mlops_nb.pipeline.daemon; s.schedule(); print([m for m in ('pandas', 'numpy', 'papermill', 'mlflow', 'pyarrow') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout == "[]\n"

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from patience import finished, next_line, started
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
@@ -94,7 +94,7 @@ def pool(folder, *, workers=1, row_s=0.0, limits=None, files=0):
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen([sys.executable, str(folder / "program.py"), json.dumps(order)], stdout=subprocess.PIPE, stderr=log, env=environment, cwd=folder, preexec_fn=few)
     try:
-        said = process.stdout.readline()
+        said = next_line(process)
         assert said, (folder / "log").read_text()
         yield SimpleNamespace(port=int(said), process=psutil.Process(process.pid), champion=folder / "champion", log=folder / "log")
     finally:
@@ -105,7 +105,7 @@ def pool(folder, *, workers=1, row_s=0.0, limits=None, files=0):
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()
             process.kill()
-        process.communicate()
+        process.communicate(timeout=120)
 
 
 def digest(token):
@@ -149,14 +149,13 @@ def memory(found):
 def under(load):
     "A load that goes on while the block does something."
     loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=lambda: loop.run_until_complete(load.run()))
-    thread.start()
+    threads = started(lambda: loop.run_until_complete(load.run()))
     try:
         wait_for(lambda: load.statuses[200] > 50)
         yield load
     finally:
         loop.call_soon_threadsafe(load.stop)
-        thread.join(120)
+        finished(threads)
         loop.close()
 
 
@@ -255,8 +254,7 @@ def test_slow_clients_keep_nobody_waiting_and_are_sent_away(shop):
                     made.send(part)
             time.sleep(0.2)
 
-    thread = threading.Thread(target=trickle)
-    thread.start()
+    threads = started(trickle)
     try:
         assert all(works(shop.port) for _ in range(20))
         answers = [rest_of(made) for made in bodies]
@@ -265,7 +263,7 @@ def test_slow_clients_keep_nobody_waiting_and_are_sent_away(shop):
         assert all(b" 200 " not in rest_of(made) for made in headers)  # the server closes them after ten seconds
     finally:
         trickling = False
-        thread.join()
+        finished(threads)
         for made in headers + bodies:
             made.close()
     assert works(shop.port)

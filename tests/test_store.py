@@ -33,7 +33,7 @@ def test_versions_count_up_and_identical_data_make_none(shop, orders):
 
 
 def test_commit_and_run_are_noted(shop, orders, monkeypatch):
-    run = lambda *words: subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=shop, check=True, capture_output=True, text=True).stdout.strip()
+    run = lambda *words: subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=shop, check=True, capture_output=True, text=True, timeout=300).stdout.strip()
     run("init", "-q")
     assert save(orders.head(1), "t").commit == ""
     run("commit", "-q", "--allow-empty", "-m", "x")
@@ -86,9 +86,10 @@ def test_other_versions_survive_a_damaged_manifest(shop, orders):
     with pytest.raises(Invalid, match="t@2 has a damaged manifest"):
         load("t@2")
     assert save(orders.head(7), "t").version == 3 and len(load("t")) == 7
-    file.write_text("{")
-    with pytest.raises(Invalid, match="damaged"):
-        load("t@2")
+    for nonsense in ("{", "[]", '"t"', "{}", '{"format": "2"}', '{"format": null}'):
+        file.write_text(nonsense)
+        with pytest.raises(Invalid, match="damaged"):
+            load("t@2")
 
 
 def test_a_later_format_is_not_guessed_at(shop, orders):
@@ -145,7 +146,7 @@ def test_every_mistake_gets_one_sentence(shop, orders):
 
 def test_nothing_heavy_at_import():
     done = subprocess.run([sys.executable, "-c", "import sys, mlops_nb.data.store; print(sorted({'pandas', 'pyarrow', 'numpy', 'polars'} & set(sys.modules)))"],
-                          capture_output=True, text=True, check=True)
+                          capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip() == "[]"
 
 

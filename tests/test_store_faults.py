@@ -157,12 +157,12 @@ print(at)
 def small_disk(shop):
     place = shop / "disk"
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True, timeout=300)
     if done.returncode:
         pytest.skip("mounting a small disk takes root")
     (shop / "settings.ini").write_text("[project]\nname = shop\n[data]\nstore = disk/store\n")
     yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    subprocess.run(["umount", "-l", str(place)], check=True, timeout=300)
 
 
 def test_a_full_disk(small_disk, orders):
@@ -180,7 +180,7 @@ def test_a_full_disk(small_disk, orders):
 
 def test_a_read_only_disk(small_disk, orders):
     save(orders, "orders")
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True, timeout=300)
     for data in (orders.head(3), DATA / "online_retail_small.parquet"):
         with pytest.raises(Unavailable, match="read-only; choose another folder"):
             save(data, "orders")

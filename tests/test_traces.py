@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from patience import finished, started
 
 pytest.importorskip("opentelemetry.sdk")
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -105,11 +105,10 @@ def stub():
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
+    threads = started(server.serve_forever)
     yield f"http://127.0.0.1:{server.server_address[1]}", got
     server.shutdown()
-    thread.join()
+    finished(threads)
     server.server_close()
 
 
@@ -163,4 +162,4 @@ def test_without_the_extra_it_says_how_to_get_it(monkeypatch):
 
 def test_importing_it_imports_nothing():
     code = "import sys, threading; import mlops_nb.serve.traces; print(threading.active_count(), any(name.startswith('opentelemetry') for name in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["1", "False"]
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout.split() == ["1", "False"]

@@ -188,6 +188,20 @@ def test_an_outsider_may_be_compared_with_an_address(inside, rows):
         validate(model, holdout, target="y", against="buyer@9", **QUICK)
 
 
+def test_a_holdout_may_be_any_table(inside, rows):
+    import pyarrow as pa
+
+    from mlops_nb.model.registry import register
+
+    train, holdout = rows
+    register(LogisticRegression().fit(train[["a", "b"]], train.y), "buyer", example=train[["a", "b"]].head(3))
+    (inside / "weeks").mkdir()
+    holdout.to_csv(inside / "weeks/holdout.csv.gz", index=False)
+    found = [validate("buyer@1", one, target="y", **QUICK) for one in (holdout, pa.Table.from_pandas(holdout), str(inside / "weeks/holdout.csv.gz"))]
+    assert len({report.facts["accuracy"] for report in found}) == 1
+    assert not any(check["name"].startswith("holdout new") for report in found for check in report.facts.get("checks", [])), "only a saved data set is known by its address"
+
+
 def test_mistakes_are_one_sentence(split, rows, tmp_path):
     (history, holdout), (train, later) = split, rows
     model, ranker = LogisticRegression().fit(train[["a", "b"]], train.y), Popularity(days=28).fit(history)

@@ -216,7 +216,7 @@ def test_exit_codes_and_last_words(home, forked, how, code, says):
         said.seek(0)
         text = said.read().decode().strip()
     assert (child.cold_because == "") == forked
-    assert ended.code == code and child.poll() == code and child.wait() is ended
+    assert ended.code == code and child.poll() == code and child.wait(120) is ended
     assert text.endswith(says) if says else text == ""
 
 
@@ -282,7 +282,7 @@ def test_a_killed_starter_takes_its_tied_children_along_and_no_others(home, fork
     tied, untied = map(json.loads, text.splitlines())
     try:
         starter.send_signal(signal.SIGKILL)
-        starter.wait()
+        starter.wait(120)
         assert soon(lambda: gone(tied["pid"]) and gone(tied["other"]))
         time.sleep(0.2)
         assert not gone(untied["pid"]) and not gone(untied["other"])
@@ -335,6 +335,21 @@ def test_two_runners_start_one_parent(home):
     said = [json.loads(one.communicate(timeout=PATIENCE * 2)[0]) for one in runners]
     assert len({one["parent"] for one in said}) == 1 and all(one["loaded"] == [True] for one in said)
     assert soon(lambda: len(parents(home)) == 1)
+
+
+def test_a_parent_that_hangs_is_not_waited_for_and_forks_nothing_later(home, monkeypatch):
+    told(home, "loaded", {"names": []})
+    parent, reach = psutil.Process(warm.status()["pid"]), warm.reach
+    monkeypatch.setattr(processes, "ANSWER_S", 2)
+    monkeypatch.setattr(warm, "reach", lambda environment: (reach(environment), parent.suspend())[0])
+    try:
+        child = begin(home, "family", tied=False)
+    finally:
+        parent.resume()
+    assert child.cold_because == "the warm parent did not answer within 2 s" and child.poll() is None
+    child.signal(signal.SIGKILL)
+    assert child.wait(PATIENCE).code == -9
+    assert warm.status()["pid"] == parent.pid and warm.status()["children"] == []
 
 
 def test_status_and_stop(home):
@@ -421,7 +436,7 @@ def test_it_says_why_it_starts_cold(home, wish, why):
 def test_an_open_graphics_card_makes_forking_unsafe():
     """Told from the open files, so that no library has to be asked. (The link is pretended: test machines have no such card.)"""
     code = "import os; from mlops_nb.pipeline.preloads import unsafe; before = unsafe(); os.readlink = lambda _: '/dev/nvidia0'; print([before, unsafe()])"
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
     assert said.strip() == "['', 'the graphics card is open']"
 
 
@@ -455,6 +470,7 @@ def test_another_user_is_refused(tmp_path):
         door.listen()
         code = "import os, socket, sys; os.setuid(65534); line = socket.socket(socket.AF_UNIX); line.connect(sys.argv[1]); line.recv(1)"
         stranger = subprocess.Popen([sys.executable, "-c", code, str(place / "door")])
+        door.settimeout(PATIENCE)
         visitor, _ = door.accept()
         with visitor:
             assert not warm.same_user(visitor)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MOST_CODES', 'FOLDS', 'LEARNT', 'JUDGED', 'LEAST_IN_CLASS', 'KNOWS', 'MOST_DOUBTED', 'model_input', 'folds_of',
-           'out_of_fold', 'label_issues', 'knows', 'label_errors', 'label_findings']
+           'out_of_fold', 'label_issues', 'target_column', 'knows', 'label_errors', 'label_findings']
 
 # %% ../../nbs/data/labels.ipynb #51b6ad1d
 MOST_CODES = 250
@@ -101,6 +101,23 @@ def label_issues(
 
     return find_label_issues(labels, probabilities / probabilities.sum(axis=1, keepdims=True), filter_by="confident_learning", n_jobs=1)
 
+# %% ../../nbs/data/labels.ipynb #deccfc69
+def target_column(
+    columns: Sequence[Column],  # the columns of a frame
+    target: str,  # the name of one of them
+) -> Column:
+    "The column that a model is to predict; `Invalid` when there is none of that name, or its cells cannot be told apart."
+    import pandas as pd
+
+    label = next((column for column in columns if column.name == str(target)), None)
+    if label is None:
+        raise Invalid(f"the data have no column {target!r} to be the target; {known(str(target), [column.name for column in columns], limit=20)}")
+    try:
+        pd.factorize(label.values)
+    except (TypeError, NotImplementedError):
+        raise Invalid(f"the target {target!r} has cells that cannot be told apart, such as lists; expected numbers, texts or truth values.") from None
+    return label
+
 # %% ../../nbs/data/labels.ipynb #ae22b6b0
 KNOWS, MOST_DOUBTED = 0.2, 0.2
 
@@ -127,9 +144,7 @@ def label_errors(
         from mlops_nb.data.store import as_frame
         data, _ = as_frame(data)
     columns = columns_of(data)
-    label = next((column for column in columns if column.name == target), None)
-    if label is None:
-        raise Invalid(f"the data have no column {target!r} to be the target; {known(target, [column.name for column in columns], limit=20)}")
+    label = target_column(columns, target)
     codes, names = pd.factorize(label.values, sort=False)
     rows = np.flatnonzero((codes >= 0) & (np.append(np.bincount(codes[codes >= 0], minlength=1), 0)[codes] >= LEAST_IN_CLASS))
     if len(rows) > JUDGED:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.errors import Invalid, MlopsError, NotFound, known
+from ..core.errors import Invalid, MlopsError, NotFound
 from ..core.gates import judge
 from ..core.progress import progress
 from ..core.report import Report
@@ -21,7 +21,7 @@ from ..core.settings import project
 from ..core.step import conclude
 from .detectors import DETECTORS, Z_LIMIT, Column, columns_of, fences, finding, printable
 from .freshness import against_earlier, change
-from .labels import label_errors, label_findings
+from .labels import label_errors, label_findings, target_column
 from .leaks import leak_findings, power_plot, predictive_power
 from .rows import duplicated, overlap_findings, row_findings, shared
 from .store import as_frame, load
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['CLASSES', 'IMBALANCE', 'BARS', 'BINS', 'LISTED', 'LARGE', 'SEVERITIES', 'is_classes', 'target_findings', 'column_row',
            'number_row', 'missing_plot', 'outlier_plot', 'Looked', 'share', 'look_at_columns', 'look_at_rows',
-           'look_at_target', 'gates_from_settings', 'target_column', 'look_at_others', 'look_at_schema', 'too_large',
-           'check', 'report_of', 'summary']
+           'look_at_target', 'gates_from_settings', 'look_at_others', 'look_at_schema', 'too_large', 'check',
+           'report_of', 'summary']
 
 # %% ../../nbs/data/quality.ipynb #c10024fb
 CLASSES, IMBALANCE = 20, 0.1
@@ -198,15 +198,6 @@ def gates_from_settings() -> Mapping[str, str]:
         return {}
 
 
-def target_column(columns: Sequence[Column], target: str) -> Column | None:
-    if not target:
-        return None
-    for column in columns:
-        if column.name == str(target):
-            return column
-    raise Invalid(f"the data have no column {target!r} to be the target; {known(str(target), [column.name for column in columns], limit=20)}")
-
-
 def look_at_others(looked: Looked, frame: pd.DataFrame, address: str, against: object, key: str, target: str) -> None:
     "What is shared with another data set, and what changed against earlier versions."
     if not isinstance(against, str) or against:
@@ -269,7 +260,7 @@ def check(
         return streamed_check(large, gates=gates, name=version(str(data)).address if str(large) != str(data) else "")
     frame, name = as_frame(data)
     looked = Looked(columns_of(frame))
-    label = target_column(looked.columns, target)
+    label = target_column(looked.columns, target) if target else None
     look_at_columns(looked)
     look_at_rows(looked, frame, seed)
     if label and len(frame):

@@ -125,9 +125,9 @@ def content_digest(kind: str, files: list[dict]) -> str:
 def manifest(name: str, number: int, path: Path) -> dict:
     "A version's manifest; `Invalid` when it is damaged or of a later format."
     facts = read_json(path)
-    if not isinstance(facts, dict) or facts.get("format", 0) > FORMAT:
-        raise Invalid(f"{name}@{number} was saved by a newer mlops_nb; upgrade this one to read it.")
     try:
+        if facts["format"] > FORMAT:
+            raise Invalid(f"{name}@{number} was saved by a newer mlops_nb; upgrade this one to read it.")
         whole = facts["seal"] == seal(facts) if facts["format"] > 1 else content_digest(facts["kind"], facts["files"]) == facts["digest"]
     except (KeyError, TypeError):
         whole = False

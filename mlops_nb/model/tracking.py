@@ -6,24 +6,21 @@
 from __future__ import annotations
 
 import getpass
-import subprocess
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from shutil import which
 
 from ..core.errors import Invalid, NotFound
 from ..core.report import Noun, plain
 from ..core.settings import Project, project
 from ..core.step import current_step
 from ..data.lineage import loaded, recording, used
-from ..data.versions import version
+from ..data.versions import git_commit, version
 from .backend import experiment_id, inputs_of, send, send_inputs, tracking
 
 # %% auto #0
-__all__ = ['provenance', 'git_is_there', 'figures', 'exact', 'write_inputs', 'Run', 'track', 'recalled', 'trained_on']
+__all__ = ['provenance', 'figures', 'exact', 'write_inputs', 'Run', 'track', 'recalled', 'trained_on']
 
 # %% ../../nbs/model/tracking.ipynb #ce625cf3
 def provenance(place: Project) -> dict[str, str]:
@@ -32,16 +29,11 @@ def provenance(place: Project) -> dict[str, str]:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = ""
-    git = subprocess.run(["git", "-C", str(place.folder), "rev-parse", "HEAD"], capture_output=True, text=True) if git_is_there() else None
     step = current_step()
-    tags = {"mlflow.user": user, "mlflow.source.git.commit": git.stdout.strip() if git and git.returncode == 0 else "",
+    tags = {"mlflow.user": user, "mlflow.source.git.commit": git_commit(place.folder),
             "mlflow.source.name": step.name if step else "", "mlops.run": step.run if step else "", "mlops.step": step.name if step else ""}
     return {key: value for key, value in tags.items() if value}
 
-
-@cache
-def git_is_there() -> bool:
-    return which("git") is not None
 
 # %% ../../nbs/model/tracking.ipynb #52a22484
 def figures(metrics: Mapping[str, object] | None) -> dict[str, float]:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,9 +15,10 @@ from scipy.spatial.distance import jensenshannon
 from ..core.errors import Invalid, NotFound, known
 from ..core.report import Report
 from ..core.settings import MonitorSection, project
+from ..data.store import as_frame
 
 # %% auto #0
-__all__ = ['TABLE', 'psi', 'ks_and_wasserstein', 'ks_p_value', 'frame_of', 'compare', 'drift', 'figures_of', 'reported']
+__all__ = ['TABLE', 'psi', 'ks_and_wasserstein', 'ks_p_value', 'compare', 'drift', 'figures_of', 'reported']
 
 # %% ../../nbs/monitor/drift.ipynb #ccc1f1de
 def psi_of_counts(reference: np.ndarray, current: np.ndarray) -> float:
@@ -224,23 +224,6 @@ def pictures(rows: list[dict], reference: pd.DataFrame, current: pd.DataFrame, l
     "The worst columns, drawn."
     return [picture(row["column"], row["kind"], reference[row["column"]], current[row["column"]]) for row in rows if "psi" in row][:limit]
 
-# %% ../../nbs/monitor/drift.ipynb #90406e4b
-def frame_of(
-    data: object,  # a frame, the path of a Parquet or CSV file, or the address of a data version
-) -> pd.DataFrame:
-    "Data as a frame; `NotFound` and `Invalid` say what was expected."
-    if isinstance(data, pd.DataFrame):
-        return data
-    if isinstance(data, (str, Path)) and Path(data).suffix in (".parquet", ".csv"):
-        if not Path(data).exists():
-            raise NotFound(f"there is no file {data}; expected a Parquet or CSV file, or an address such as orders@3.")
-        return pd.read_parquet(data) if Path(data).suffix == ".parquet" else pd.read_csv(data)
-    if isinstance(data, str):
-        from mlops_nb.data.store import load
-
-        return frame_of(load(data))
-    raise Invalid(f"{type(data).__name__} is not a table; expected a frame, a Parquet or CSV file, or an address such as orders@3.")
-
 # %% ../../nbs/monitor/drift.ipynb #f477b57c
 def chosen(reference: pd.DataFrame, current: pd.DataFrame, columns: Sequence[str] | None) -> list[str]:
     for side, frame in (("reference", reference), ("current", current)):
@@ -306,7 +289,7 @@ def drift(
     psi: float | None = None,  # size of change that matters; None takes the setting
 ) -> Report:
     "Compare two samples column by column; a column drifts when the corrected test and the effect size agree."
-    reference, current = frame_of(reference), frame_of(current)
+    reference, current = as_frame(reference)[0], as_frame(current)[0]
     return reported(reference, current, **compare(reference, current, columns=columns, alpha=alpha, psi=psi))
 
 

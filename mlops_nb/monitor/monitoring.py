@@ -14,6 +14,7 @@ from ..core.gates import judge
 from ..core.report import Report
 from ..core.settings import project
 from ..core.step import conclude
+from ..data.store import as_frame
 from .alerts import alert
 from .predictions import predictions_of
 
@@ -82,11 +83,11 @@ def watch(
     seed: int = 0,  # of the resampling
 ) -> Report:
     "Judge drift, data quality and performance; alert for what deviates, save the report, and fail only by a gate."
-    from mlops_nb.monitor.drift import compare, frame_of
+    from mlops_nb.monitor.drift import compare
     from mlops_nb.monitor.performance import performance_of, performance_part, with_labels
 
     name, settings = bare_name(name, "deployment"), project().settings
-    reference, current = frame_of(reference), frame_of(current)
+    reference, current = as_frame(reference)[0], as_frame(current)[0]
     current = with_labels(current, labels, key, target)
     inputs = columns or [one for one in reference if one in current and one not in (target, key, period)]
     found = compare(reference, current, columns=inputs or None, alpha=alpha, psi=psi)
@@ -135,10 +136,8 @@ def monitor(
     seed: int = 0,  # of the resampling
 ) -> Report:
     "Judge drift, data quality and performance of a deployment; alert for what deviates."
-    from mlops_nb.monitor.drift import frame_of
-
-    reference, from_log = frame_of(reference), isinstance(current, str) and not current
-    found = logged(name, since, until) if from_log else frame_of(current)
+    (reference, _), from_log = as_frame(reference), isinstance(current, str) and not current
+    found = logged(name, since, until) if from_log else as_frame(current)[0]
     if from_log and not columns:
         columns = [one for one in reference if one in found and one not in (target, key, "at")] or None
     return watch(name, reference, found, labels=labels or None, key=key, target=target, prediction=prediction, performance=performance or None, level=level,

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..core.errors import Invalid, known
 from ..core.gates import Gate
-from .drift import frame_of
+from ..data.store import as_frame
 
 # %% auto #0
 __all__ = ['Units', 'units_of', 'default_metric']
@@ -125,7 +125,7 @@ def with_labels(current: pd.DataFrame, labels: object, key: str, target: str) ->
     "Current rows with their labels, as far as these have arrived."
     if labels is None:
         return current
-    labels = frame_of(labels)
+    labels, _ = as_frame(labels)
     for side, frame, names in (("labels", labels, (key, target)), ("current data", current, (key,))):
         if absent := [name for name in names if name not in frame]:
             raise Invalid(f"the {side} have no column {', '.join(map(repr, absent))} to join labels on; {known(absent[0], map(str, frame.columns))}")
@@ -135,7 +135,7 @@ def with_labels(current: pd.DataFrame, labels: object, key: str, target: str) ->
 def performance_of(reference: pd.DataFrame, current: pd.DataFrame, performance: object, level: object, metric: str, target: str, prediction: str, period: str) -> tuple[dict, Units, str] | None:
     "Periods, the level to compare with and the metric's name; None when there is nothing to judge yet."
     if performance is not None:
-        periods = given_periods(frame_of(performance) if isinstance(performance, str) else performance)
+        periods = given_periods(as_frame(performance)[0] if isinstance(performance, str) else performance)
         level = mean_units(level) if level is not None else periods.pop(min(periods))
         return (periods, level, metric or "performance") if periods else None
     if not target or target not in current or not current[target].notna().any():

@@ -27,6 +27,7 @@ from typing import Any
 
 from ..core.errors import Invalid, Unavailable, Untrusted
 from ..core.files import disk_faults, read_json, timestamp, write_atomic, write_json
+from .processes import line_to
 
 # %% auto #0
 __all__ = ['HISTORY', 'WHAT', 'MAKING', 'FILLING', 'own_names', 'surroundings', 'surround', 'Lost', 'raising', 'pickler', 'Count',
@@ -361,8 +362,7 @@ def answers(address: str) -> bool:
     "Whether somebody listens at a socket."
     if not hasattr(socket, "AF_UNIX"):
         return False
-    with socket.socket(socket.AF_UNIX) as line, suppress(OSError):
-        line.connect(address)
+    with suppress(OSError), line_to(address, 15):
         return True
     return False
 

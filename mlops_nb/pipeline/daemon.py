@@ -168,6 +168,12 @@ def begin(folder: str, schedule: str, due: str, attempt: str, *command: str) -> 
         sys.exit(subprocess.call(command))
 
 # %% ../../nbs/pipeline/daemon.ipynb #1b4237b7
+def say(text: str) -> None:
+    "A line for whoever watches the scheduler."
+    if os.environ.get("MLOPS_PROGRESS", "1") != "0":
+        print(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}", file=sys.stderr, flush=True)
+
+
 @patch
 def start_ready(self: Scheduler, here: Project, one: Schedule) -> None:
     "Claim and start what may start of a schedule."
@@ -191,12 +197,6 @@ def start_ready(self: Scheduler, here: Project, one: Schedule) -> None:
 
 # %% ../../nbs/pipeline/daemon.ipynb #a50c08b9
 ATTEMPTS = 3
-
-
-def say(text: str) -> None:
-    "A line for whoever watches the scheduler."
-    if os.environ.get("MLOPS_PROGRESS", "1") != "0":
-        print(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}", file=sys.stderr, flush=True)
 
 
 def last_words(log: Path) -> str:

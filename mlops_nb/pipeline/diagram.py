@@ -78,22 +78,6 @@ def kinds(steps: Sequence[PipelineStep]) -> str:
     counts = Counter(step.notebook.name for step in steps).most_common()
     return ", ".join(f"{name} ×{count}" if count > 1 else name for name, count in counts[:2]) + (f" and {len(counts) - 2} more" if len(counts) > 2 else "")
 
-# %% ../../nbs/pipeline/diagram.ipynb #d1e98048
-def outline(
-    pipeline: Pipeline,  # what to draw
-    verdicts: Mapping[str, str] | None = None,  # step -> would run, cached, passed, failed …
-    why: Mapping[str, str] | None = None,  # step -> the reason
-) -> str:  # lines without colours
-    "Draw a pipeline in plain text: its layers from the top to the bottom; beyond sixty steps their numbers."
-    verdicts, why = verdicts or {}, why or {}
-    names = [step.name for step in pipeline.steps]
-    rows = rows_of_bands(pipeline, verdicts, why) if len(names) > FOLD else rows_of_steps(pipeline, verdicts, why)
-    wide = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = (f"{layer:>{wide[0]}} {rail} " + "  ".join(f"{cell:<{wide[i]}}" for i, cell in enumerate(cells, 1) if wide[i]) for layer, rail, *cells in padded(rows))
-    told = counted(names, verdicts)
-    many = f"{len(names):,} step{'s' if len(names) != 1 else ''}"
-    return "\n".join([f"{pipeline.name}: {many}" + (f", {told}" if told else ""), *(line.rstrip() for line in lines)])
-
 # %% ../../nbs/pipeline/diagram.ipynb #d8717126
 def waits(step: PipelineStep, shown: Mapping[str, list[str]]) -> str:
     "What a step waits for, a whole sweep by its name."
@@ -130,6 +114,22 @@ def padded(rows: list[tuple[str, str, str, str]]) -> Iterator[tuple[str, ...]]:
     for i, (layer, *cells) in enumerate(rows):
         rail = ("─" if len(heads) == 1 else "┌" if i == 0 else "└" if i == heads[-1] else "├") if layer else "│" if i < heads[-1] else " "
         yield (layer, rail, *cells)
+
+# %% ../../nbs/pipeline/diagram.ipynb #d1e98048
+def outline(
+    pipeline: Pipeline,  # what to draw
+    verdicts: Mapping[str, str] | None = None,  # step -> would run, cached, passed, failed …
+    why: Mapping[str, str] | None = None,  # step -> the reason
+) -> str:  # lines without colours
+    "Draw a pipeline in plain text: its layers from the top to the bottom; beyond sixty steps their numbers."
+    verdicts, why = verdicts or {}, why or {}
+    names = [step.name for step in pipeline.steps]
+    rows = rows_of_bands(pipeline, verdicts, why) if len(names) > FOLD else rows_of_steps(pipeline, verdicts, why)
+    wide = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = (f"{layer:>{wide[0]}} {rail} " + "  ".join(f"{cell:<{wide[i]}}" for i, cell in enumerate(cells, 1) if wide[i]) for layer, rail, *cells in padded(rows))
+    told = counted(names, verdicts)
+    many = f"{len(names):,} step{'s' if len(names) != 1 else ''}"
+    return "\n".join([f"{pipeline.name}: {many}" + (f", {told}" if told else ""), *(line.rstrip() for line in lines)])
 
 # %% ../../nbs/pipeline/diagram.ipynb #e823af3e
 def woven(steps: Sequence[PipelineStep]) -> tuple[list[list[object]], dict[object, list[object]]]:

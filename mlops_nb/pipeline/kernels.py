@@ -101,7 +101,8 @@ def app_for(connection_file: str) -> Any:
 
     os.environ["MPLBACKEND"] = os.environ.get("MPLBACKEND") or "module://matplotlib_inline.backend_inline"
     sys.argv = ["ipykernel_launcher.py", "-f", connection_file]
-    quiet = Config({"HistoryManager": {"enabled": False}, "InteractiveShell": {"enable_tip": False}})  # a tip is drawn by the notebook's own random numbers
+    quiet = Config({"HistoryManager": {"enabled": False}, "InteractiveShell": {"enable_tip": False},  # a tip is drawn by the notebook's own random numbers
+                    "Session": {"copy_threshold": 1 << 40}})  # or zeromq starts a thread with the first large output, and no snapshot is taken from then on
     app = batch_kernel().instance(connection_file=connection_file, config=quiet, log_level=50, parent_handle=0)
     app.initialize([])
     for slow in (app.close, app.shell.atexit_operations):  # they wait for sockets to linger and collect garbage

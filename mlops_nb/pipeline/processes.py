@@ -24,8 +24,8 @@ from ..core.errors import Invalid, NotFound, Unavailable
 from .fresh import become, live, passed_on
 
 # %% auto #0
-__all__ = ['FORKS', 'say', 'hear', 'Exit', 'same_user', 'readable', 'kill', 'Child', 'Forks', 'main', 'main_alone', 'asked',
-           'spawned', 'spawned_alone', 'start']
+__all__ = ['FORKS', 'ANSWER_S', 'say', 'hear', 'Exit', 'same_user', 'readable', 'line_to', 'kill', 'Child', 'Forks', 'main',
+           'main_alone', 'asked', 'spawned', 'spawned_alone', 'start']
 
 # %% ../../nbs/pipeline/processes.ipynb #2a01603d
 def say(
@@ -88,6 +88,24 @@ def readable(line: socket.socket, timeout_s: float | None = 0) -> bool:
     with selectors.DefaultSelector() as selector:
         selector.register(line, selectors.EVENT_READ)
         return bool(selector.select(timeout_s))
+
+
+def line_to(
+    address: Path | str,  # of a socket
+    timeout_s: float,  # for whoever listens there to take us in, and later for each answer
+) -> socket.socket:
+    "A line to the process that listens at a socket; `OSError` when none does, or none in time."
+    line, until = socket.socket(socket.AF_UNIX), time.monotonic() + timeout_s
+    line.settimeout(timeout_s)
+    while True:
+        try:
+            line.connect(str(address))
+            return line
+        except OSError as error:
+            if not isinstance(error, BlockingIOError) or time.monotonic() > until:
+                line.close()
+                raise
+            time.sleep(0.01)  # so many wait at its door that the system lets nobody else queue
 
 
 def kill(pid: int, number: int, *, group: bool) -> None:
@@ -242,13 +260,18 @@ if __name__ == "__main__":
 
 # %% ../../nbs/pipeline/processes.ipynb #65dfb6ba
 FORKS = hasattr(os, "fork") and hasattr(socket, "send_fds")
+ANSWER_S = 60  # a warm parent that has not forked by then hangs
 
 
-def asked(line: socket.socket, request: Mapping, handles: Sequence[int] = ()) -> tuple[int, str]:
+def asked(line: socket.socket, request: Mapping, handles: Sequence[int] = (), *, timeout_s: float) -> tuple[int, str]:
     "The pid of the child that is forked for a request, or the reason why none is."
+    line.settimeout(timeout_s)
     try:
         say(line, request, handles)
         answer = hear(line)
+        line.settimeout(None)
+    except TimeoutError:
+        answer = {"cold": f"the warm parent did not answer within {timeout_s:g} s"}
     except (EOFError, OSError):
         answer = {"cold": "the warm parent ended just then"}
     if "child" not in answer:
@@ -264,7 +287,7 @@ def spawned(request: Mapping, stdout: int | None, stderr: int | None) -> tuple[s
         guard = subprocess.Popen(command, env=request["environment"], cwd=request["folder"], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
                                  pass_fds=[theirs.fileno()], start_new_session=request["session"])
     threading.Thread(target=guard.wait, daemon=True).start()
-    return ours, asked(ours, request)[0]
+    return ours, asked(ours, request, timeout_s=300)[0]
 
 
 def spawned_alone(request: Mapping, stdout: int | None, stderr: int | None) -> tuple[socket.socket, int]:
@@ -318,7 +341,7 @@ def start(
 
         line, why = reach(environment)
     if line:
-        pid, why = asked(line, request, [1 if stdout is None else stdout, 2 if stderr is None else stderr])
+        pid, why = asked(line, request, [1 if stdout is None else stdout, 2 if stderr is None else stderr], timeout_s=ANSWER_S)
     if not pid:
         line, pid = (spawned if FORKS else spawned_alone)(request, stdout, stderr)
     if not pid:

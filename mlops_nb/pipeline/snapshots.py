@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import random
 import selectors
@@ -18,8 +19,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,16 @@ from typing import Any
 from ..core.errors import Unavailable
 from ..core.files import timestamp
 from . import checkpoints
-from .processes import Child, Exit, hear, kill, same_user, say
+from .processes import Child, Exit, hear, kill, line_to, same_user, say
 
 # %% auto #0
-__all__ = ['WAITING', 'THREADED', 'free_bytes', 'at_work', 'on_gpu', 'obstacle', 'openmps', 'release_openmp', 'handles', 'detach',
-           'note', 'Sleeper', 'tend', 'rise', 'listening', 'Ropes', 'Keeping', 'wake', 'forget']
+__all__ = ['WAITING', 'WAKING_S', 'THREADED', 'free_bytes', 'at_work', 'on_gpu', 'obstacle', 'openmps', 'release_openmp',
+           'handles', 'detach', 'at_its_end', 'note', 'Sleeper', 'tend', 'rise', 'listening', 'Ropes', 'Keeping',
+           'wake', 'forget']
 
 # %% ../../nbs/pipeline/snapshots.ipynb #0c3f762a
 WAITING = {"TMonitor"}  # threads that nobody waits for: tqdm's
+WAKING_S = 60.0  # a copy that has not answered by then hangs
 THREADED = {"polars", "tensorflow", "jax", "ray", "pyspark", "torch_xla"}  # libraries whose threads a copy would wait for
 
 
@@ -131,6 +134,15 @@ def detach(before: dict[int, tuple[int, int]]) -> None:
     note(Path("/proc/self/comm"), "mlops-snapshot")
 
 
+@contextmanager
+def at_its_end() -> Iterator[None]:
+    "End this process with the block, whatever happens in it: a copy that came through would run the notebook's next cell once more."
+    try:
+        yield
+    finally:
+        os._exit(1)
+
+
 def note(path: Path, text: str) -> None:
     "Write something down, where that is possible."
     with suppress(OSError):
@@ -174,8 +186,9 @@ class Sleeper:
                 self.end()
             line.settimeout(None)
             if os.fork() == 0:
-                self.door.close(), self.rope.close()
-                tend(self, line, request, opened)
+                with at_its_end():
+                    self.door.close(), self.rope.close()
+                    tend(self, line, request, opened)
             for handle in opened:
                 os.close(handle)
             return True
@@ -199,7 +212,8 @@ def tend(sleeper: Sleeper, line: socket.socket, request: dict, opened: list[int]
         rise(sleeper, request, opened)
     for handle in opened:
         os.close(handle)
-    say(line, {"pid": pid})
+    with suppress(OSError):  # whoever asked is gone: the kernel ends at once
+        say(line, {"pid": pid})
 
     def follow() -> None:
         with suppress(OSError):
@@ -249,11 +263,18 @@ class Ropes:
         self.held: list[socket.socket] = []
         self.pids: list[int] = []
 
-    def hold(self, rope: socket.socket, pid: int) -> None:
-        "There is a new one: those before it end."
-        rope.recv(1)  # it has left our session: what kills us now does not reach it
-        self.drop()
-        self.held, self.pids = [rope], [*self.pids, pid]
+    def hold(self, rope: socket.socket, pid: int) -> bool:
+        "There is a new one: those before it end. One that does not come to itself is ended instead, as when it waits for a lock that a thread held."
+        rope.settimeout(WAKING_S)
+        self.pids.append(pid)
+        with suppress(OSError):
+            if rope.recv(1):  # it has left our session: what kills us now does not reach it
+                self.drop()
+                self.held = [rope]
+                return True
+        rope.close()
+        kill(pid, signal.SIGKILL, group=False)
+        return False
 
     def drop(self) -> None:
         "Tell all to end, and collect those that have."
@@ -281,8 +302,7 @@ class Keeping:
         self.budget_s, self.shell, self.folder, self.revive, self.ropes = budget_s, shell, Path(folder), revive, Ropes()
         self.sockets, self.long_s = "", float(os.environ.get("MLOPS_CHECKPOINT_S", 30))
         self.cell = {"index": after, "tags": [], "digest": digest}
-        self.good, self.began, self.spent_s = True, time.monotonic(), 0.0
-        self.handles, self.threads = handles(), set(threading.enumerate())
+        self.good, self.began, self.spent_s, self.handles, self.threads = True, time.monotonic(), 0.0, handles(), set(threading.enumerate())
         note(Path("/proc/self/oom_score_adj"), "200")
         for event, told in (("pre_run_cell", self.before), ("post_run_cell", self.after)):
             shell.events.register(event, told)
@@ -305,28 +325,30 @@ class Keeping:
 
     def snapshot(self, info: Any) -> None:
         "Fork, unless it is unsafe or forking has used up its budget and 5% of the time; the snapshot before this one is told to end."
-        started = time.monotonic()
-        why = "" if self.spent_s < self.budget_s + 0.05 * (started - self.began) else "forking takes too much of the notebook's time"
-        after, digest = self.cell["index"], self.cell["digest"]
+        after, digest, started = self.cell["index"], self.cell["digest"], time.process_time()  # on a busy machine the clock would count what others take
+        why = "" if self.spent_s < self.budget_s + 0.05 * (time.monotonic() - self.began) else "forking takes too much of the notebook's time"
         if why := why or obstacle(self.threads):
             return note(self.folder / "no-snapshot.json", json.dumps({"after": after, "why": why}))
         record = self.folder / f"snapshot-{after}-{os.getpid()}.json"
         door, rope, held = listening(str(self.shell.execution_count), self.sockets), *socket.socketpair()
-        self.sockets = os.path.dirname(door.getsockname())
-        record.write_text(json.dumps({"kind": "snapshot", "after": after, "digest": digest, "at": timestamp(), "missing": {}, "socket": door.getsockname()}))
+        address, dice = door.getsockname(), random.getstate()
+        self.sockets = os.path.dirname(address)
+        record.write_text(json.dumps({"kind": "snapshot", "after": after, "digest": digest, "at": timestamp(), "missing": {}, "socket": address}))
         release_openmp()
-        dice = random.getstate()
         if (pid := os.fork()) == 0:
-            held.close(), self.ropes.let_go()
-            detach(self.handles)
-            rope.send(b"-")
-            for event, told in (("pre_run_cell", self.before), ("post_run_cell", self.after)):
-                self.shell.events.unregister(event, told)
-            self.shell.execution_count -= bool(info.store_history)
-            Sleeper(door, rope, record, revive=self.revive, dice=dice).sleep()
+            with at_its_end():
+                held.close(), self.ropes.let_go(), detach(self.handles)
+                rope.send(b"-")
+                for event, told in (("pre_run_cell", self.before), ("post_run_cell", self.after)):
+                    self.shell.events.unregister(event, told)
+                self.shell.execution_count -= bool(info.store_history)
+                Sleeper(door, rope, record, revive=self.revive, dice=dice).sleep()
         door.close(), rope.close()
-        self.ropes.hold(held, pid)
-        self.spent_s += time.monotonic() - started
+        if not self.ropes.hold(held, pid):
+            record.unlink(missing_ok=True), Path(address).unlink(missing_ok=True)
+            self.spent_s = math.inf  # the next one would hang as well
+            note(self.folder / "no-snapshot.json", json.dumps({"after": after, "why": "a copy of the notebook's process did not come to life"}))
+        self.spent_s += time.process_time() - started
 
     def end(self) -> None:
         "The kernel ends in order: after a good cell nothing is left to go back to."
@@ -343,16 +365,15 @@ def wake(
     outputs: tuple[int, ...] = (),  # open files for stdout and stderr
 ) -> Child:  # the kernel's process, tied to this one
     "Let a snapshot become a kernel; `Unavailable` when it has ended."
-    line = socket.socket(socket.AF_UNIX)
-    try:
-        line.connect(record["socket"])
-        if not same_user(line):
-            raise PermissionError
-        say(line, {"connection_file": connection_file, "environment": environment, "checkpoint": checkpoint}, outputs)
-        return Child(line, hear(line)["pid"])
-    except (OSError, EOFError):
-        line.close()
-        raise Unavailable("the snapshot has ended, so that state is gone; resume from a checkpoint, or run the notebook from its start.") from None
+    with ExitStack() as opened, suppress(OSError, EOFError):
+        line = opened.enter_context(line_to(record["socket"], WAKING_S))
+        if same_user(line):
+            say(line, {"connection_file": connection_file, "environment": environment, "checkpoint": checkpoint}, outputs)
+            pid = hear(line)["pid"]
+            line.settimeout(None)
+            opened.pop_all()
+            return Child(line, pid)
+    raise Unavailable("the snapshot has ended or hangs, so that state is gone; resume from a checkpoint, or run the notebook from its start.")
 
 
 def forget(
@@ -361,7 +382,6 @@ def forget(
     "End all snapshots of a step; its checkpoints stay."
     for point in checkpoints.points(step_folder):
         if point.kind == "snapshot":
-            with socket.socket(socket.AF_UNIX) as line, suppress(OSError):
-                line.connect(point.record["socket"])
+            with suppress(OSError), line_to(point.record["socket"], WAKING_S) as line:
                 say(line, {"end": True})
                 line.recv(1)

@@ -11,7 +11,6 @@ import pkgutil
 import selectors
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -22,11 +21,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from ..core.errors import MlopsError, Unavailable
-from ..core.files import disk_faults
+from ..core.errors import MlopsError
+from ..core.files import private_folder
 from .fresh import live
 from .preloads import OURS, PRELOADED, digest, is_package, learn, load_ahead, loaded_state, memory_file, recall, remember, unsafe
-from .processes import Forks, hear, same_user, say
+from .processes import Forks, hear, line_to, readable, same_user, say
 
 # %% auto #0
 __all__ = ['READ_AT_IMPORT', 'ALONG', 'QUIET', 'ALWAYS', 'STARTED', 'read_at_import', 'standing', 'key', 'meeting_place',
@@ -75,12 +74,7 @@ def meeting_place(
     if not wanted.is_dir() or len(bytes(folder)) > 75:
         temporary = tempfile.gettempdir() if len(tempfile.gettempdir()) < 40 else "/tmp"
         folder = Path(temporary) / f"mlops-{os.getuid()}-{digest(str(wanted))[:8]}"
-    with disk_faults(folder):
-        folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise Unavailable(f"{folder} belongs to somebody else or is open to others; remove it, warm processes are found there.")
-    return folder / f"{key(environment)}.sock"
+    return private_folder(folder, "warm processes are found there") / f"{key(environment)}.sock"
 
 
 
@@ -205,7 +199,7 @@ class Parent(Forks):
             request, why = {}, "the request was cut short"
         if "target" in request:
             request["paths"] = [os.path.join(request["folder"], one) for one in request["environment"].get("PYTHONPATH", "").split(os.pathsep) if one]
-            if not (why := hidden_by(request)):
+            if not (why := hidden_by(request) or ("nobody waits for it any more" if readable(visitor) else "")):
                 return request if self.fork(visitor, request, handles, self.door.lock) else None
         for handle in handles:
             os.close(handle)
@@ -274,13 +268,10 @@ def launch(place: Path, environment: Mapping[str, str]) -> subprocess.Popen:
 
 def knock(place: Path) -> socket.socket | None:
     "A line to the parent that listens there; None when nobody does."
-    line = socket.socket(socket.AF_UNIX)
     try:
-        line.connect(str(place))
+        return line_to(place, 15)
     except OSError:
-        line.close()
         return None
-    return line
 
 # %% ../../nbs/pipeline/warm.ipynb #158db665
 def enabled(environment: Mapping[str, str]) -> str:

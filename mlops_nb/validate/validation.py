@@ -16,7 +16,7 @@ from ..core.gates import judge
 from ..core.report import Report
 from ..core.settings import project
 from ..core.step import conclude
-from ..data.store import load
+from ..data.store import as_frame
 from ..data.store import version as data_version
 from ..model.registry import Model, attach, load_model
 from ..model.registry import model as model_at
@@ -60,22 +60,6 @@ def subject_of(model: object) -> Subject:
         version = model_at(model)
         return Subject(load_model(version.address), version.address, version)
     return Subject(model, type(model).__name__)
-
-
-def table_of(data: object) -> pd.DataFrame:
-    "Data as a frame: a frame, a Parquet or CSV file, or an address."
-    import pandas as pd
-
-    if isinstance(data, pd.DataFrame):
-        return data
-    if isinstance(data, (str, Path)) and Path(data).suffix in (".parquet", ".csv"):
-        if not Path(data).exists():
-            raise NotFound(f"there is no file {data}; expected a Parquet or CSV file, or an address such as holdout@2.")
-        return pd.read_parquet(data) if Path(data).suffix == ".parquet" else pd.read_csv(data)
-    found = load(data) if isinstance(data, str) else data
-    if not isinstance(found, pd.DataFrame):
-        raise Invalid(f"{type(found).__name__} is not a table; expected a frame, a Parquet or CSV file, or an address such as holdout@2.")
-    return found
 
 # %% ../../nbs/validate/validation.ipynb #23e79346
 def champion_of(
@@ -315,11 +299,11 @@ def validate(
     "Validate a model on data it has not seen, against baselines and the champion, and judge the gates."
     subject, how = subject_of(model), {"n_boot": n_boot, "alpha": alpha, "seed": seed}
     champion, why = champion_of(subject, against)
-    holdout = table_of(data)
+    holdout, _ = as_frame(data)
     if subject.task == "ranking":
-        verdict = judge_ranking(subject, champion, holdout, table_of(history_of(subject, history)), k, how)
+        verdict = judge_ranking(subject, champion, holdout, as_frame(history_of(subject, history))[0], k, how)
     else:
-        verdict = judge_estimator(subject, champion, holdout, table_of(history) if given(history) else None, target, how)
+        verdict = judge_estimator(subject, champion, holdout, as_frame(history)[0] if given(history) else None, target, how)
     checks = [*gate_checks({**settings_gates(), **(gates or {})}, verdict.figures, why), *verdict.checks, *unseen(subject, data), *unseen(champion, data, "warning")]
     return delivered(subject, champion, why, verdict, checks, data)
 
@@ -354,7 +338,7 @@ def gate_checks(gates: Mapping[str, str], figures: Mapping[str, float], why: str
 
 def unseen(subject: Subject | None, data: object, severity: str = "error") -> list[dict]:
     "Whether the holdout is none of the data sets the model says it was trained on; a champion that knew it is only a note."
-    if subject is None or subject.version is None or not isinstance(data, str) or Path(data).suffix in (".parquet", ".csv"):
+    if subject is None or subject.version is None or not isinstance(data, str) or Path(data).expanduser().is_file():
         return []
     address = data_version(data).address
     return [{"name": f"holdout new to {subject.label}", "passed": address not in subject.version.data, "value": address, "severity": severity,
