@@ -500,7 +500,7 @@ class Handler(BaseHTTPRequestHandler):
             if key not in fake.objects:
                 raise Refused(404, "NotFound", f'{plural} "{name}" not found')
             if under == "log":
-                return 200, "\n".join(fake.logs[name].splitlines()[-int(asked.get("tailLines", 100)):]) + "\n"
+                return 200, "\n".join(fake.logs[name].splitlines()[-int(asked.get("tailLines", 1_000_000)):]) + "\n"
             if under == "scale":
                 thing = fake.scale(key, json.loads(body)["spec"]["replicas"], asked["fieldManager"]) if self.command == "PATCH" else fake.objects[key]
                 return 200, {"kind": "Scale", "spec": {"replicas": thing["spec"]["replicas"]}}

@@ -1,19 +1,25 @@
 """canary and its evidence: exact expectations by scipy, false alarms under continuous looks, how soon a bad version is caught, and what the sentence says."""
 
+import errno
 import json
 import math
+import os
 import random
+import subprocess
+import sys
+from contextlib import contextmanager
 from itertools import product
 
 import numpy as np
 import pytest
+from patience import next_line
 from scipy import optimize, stats
 
 from mlops_nb.core.report import Report
 from mlops_nb.monitor.drift import decile_counts, psi_of_counts
 from mlops_nb.serve.canary import KEPT, Bins, Canary, Tally, Watch, plain, quantile, shares, time_gains
-from mlops_nb.serve.evidence import FRACTIONS, LIFTS, Evidence, interval, nearest, psi_gains, psi_of, share_bet, share_gains
-from mlops_nb.serve.plan import ModelPlan
+from mlops_nb.serve.evidence import FRACTIONS, LIFTS, Evidence, Ledger, interval, ledger_in, nearest, psi_gains, psi_of, share_bet, share_gains
+from mlops_nb.serve.plan import ModelPlan, Plan, read_plan
 
 PLAN = ModelPlan("recommender", {"champion": 90, "challenger": 10})
 
@@ -402,3 +408,222 @@ def test_a_ranking_counts_by_its_first_and_a_record_by_its_first_field():
     assert [plain(one) for one in (["a", "b"], [["a"]], {"x": 3}, 3, True, None, "a" * 200)] == ["a", "a", 3.0, 3.0, "True", "None", "a" * 100]
     assert Tally(**json.loads(json.dumps(Tally(1, 0, {7: 1}, ["a"]).facts))).times == {7: 1}
     assert len(FRACTIONS) == 3
+
+
+# -- several workers, one ledger -------------------------------------------------------------------
+
+def workers_of(folder, n, plan=PLAN, **more):
+    return [Canary(plan, ledger=ledger_in(folder, plan.model), workers=n, **more) for _ in range(n)]
+
+
+class Memory(Ledger):
+    "A ledger without a file, for simulations."
+
+    @contextmanager
+    def turn(self):
+        values = json.loads(self.path)
+        yield values
+        self.path = json.dumps(values)
+
+
+def told(canary, main, new, failed=0, main_failed=0, bin=40, main_bin=40):
+    "So many answers, since the last look."
+    canary.tallies["champion"].add(Tally(main, main_failed, {main_bin: main - main_failed}))
+    canary.tallies["challenger"].add(Tally(new, failed, {bin: new - failed}))
+    return canary.verdict()
+
+
+@pytest.mark.parametrize("n", [1, 4, 16])
+def test_workers_with_a_ledger_are_one_process(tmp_path, n):
+    "The same looks in the same order, by one canary in memory and by n that share a file: every bettor has the same wealth to the last bit, so what holds for one holds for all."
+    rng, alone, workers = random.Random(n), Canary(PLAN, clock=lambda: 7.0), workers_of(tmp_path, n, clock=lambda: 7.0)
+    for i in range(240):
+        worker = rng.choice(workers)
+        for _ in range(rng.randrange(12)):
+            seen = {"selector": "challenger" if rng.random() < 0.3 else "champion", "seconds": rng.lognormvariate(-4, 1), "failed": rng.random() < 0.02, "answers": [rng.choice([rng.gauss(0, 1), "a", "\ud800"])]}
+            worker.saw(**seen), alone.saw(**seen)
+        assert worker.verdict() == alone.verdict() is None
+    one, many = alone.watches["challenger"], worker.watches["challenger"]
+    assert [(a.logs, a.seen) for a in (one.errors, one.slow, one.drift)] == [(a.logs, a.seen) for a in (many.errors, many.slow, many.drift)] and one.seen == many.seen > 200
+    assert {name: tally.facts for name, tally in alone.totals.items()} == {name: tally.facts for name, tally in worker.totals.items()} and one.counts() == many.counts() is not None
+    assert alone.facts == worker.facts
+
+
+@pytest.mark.parametrize("n", [1, 4, 16])
+def test_false_alarms_of_all_workers_together_are_as_seldom_as_promised(n):
+    "The hardest honest version, at the very end of its band, in sixty worlds of 800 of its requests; each worker looks after every fifth of those it saw."
+    rng, alarms, n_worlds = np.random.default_rng(n), 0, 60
+    for _ in range(n_worlds):
+        ledger = Memory("")
+        ledger.path = "{}"
+        workers = [Canary(PLAN, ledger=ledger, workers=n, alpha=0.15) for _ in range(n)]  # a third of it for errors, about which they are told: 5%
+        for i, (main, new) in enumerate(zip(rng.binomial(45, 0.1, 160).tolist(), rng.binomial(5, 0.11, 160).tolist())):
+            if told(workers[i % n], 45, 5, new, main):
+                alarms += 1
+                break
+    assert alarms <= stats.binom.ppf(0.999, n_worlds, 0.05)  # scipy.stats.binom
+
+
+def needed(folder, n, seed, *, shared=True):
+    "Requests of a new version that fails in one of twenty until it is found, over all workers; each looks after every fifth of those it saw."
+    rng, seen = np.random.default_rng(seed), 0
+    workers = workers_of(folder / f"{n} {seed} {shared}" if shared else None, n)
+    while not any(worker.why for worker in workers):
+        for worker in workers:
+            seen += 5
+            told(worker, 45, 5, int(rng.binomial(5, 0.05)), int(rng.binomial(45, 0.001)))
+    return seen
+
+
+def test_eight_workers_need_as_many_requests_as_one_and_alone_many_times_as_many(tmp_path):
+    one, together, alone = (np.mean([needed(tmp_path, n, seed, shared=shared) for seed in range(12)]) for n, shared in ((1, True), (8, True), (8, False)))
+    assert together <= 1.3 * one and alone >= 3 * one
+
+
+def test_least_numbers_count_all_workers(tmp_path):
+    "Twelve slow answers for each of four workers are less than fifty, thirteen are more; three failures each are more than five."
+    slow = workers_of(tmp_path / "slow", 4)
+    assert [told(worker, 100, 12, bin=80) for worker in slow] == [None] * 4 and slow[3].watches["challenger"].slow.log > slow[3].wealth
+    assert "is too slow" in [told(worker, 9, 1, bin=80) for worker in slow][1]
+    failing = workers_of(tmp_path / "failing", 4)
+    assert [bool(told(worker, 40, 3, 3)) for worker in failing] == [False, False, False, True]
+
+
+def test_who_found_it_says_so_and_the_others_when_nothing_came_of_it(tmp_path):
+    now = [100.0]
+    first, second, late = workers_of(tmp_path, 3, clock=lambda: now[0])
+    assert "fails too often" in told(first, 90, 20, 20) and not told(second, 9, 1, 1)
+    now[0] += 4.9
+    assert not second.verdict()
+    now[0] += 0.2
+    assert second.verdict() == first.verdict() and second.left == "challenger"
+    now[0] = 3.0  # the machine was started again, and its clock with it
+    assert late.verdict() == first.why
+
+
+def test_a_full_disk_delays_what_was_seen_and_doubles_nothing(tmp_path, monkeypatch, caplog):
+    first, second = workers_of(tmp_path, 2)
+    full, replace = [True], os.replace
+
+    def replaced(*paths):
+        if full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(*paths)
+    monkeypatch.setattr(os, "replace", replaced)
+    for _ in range(3):
+        assert told(first, 9, 1) is None
+    full[0] = False
+    told(second, 90, 10), first.verdict()
+    full[0] = True
+    told(first, 9, 1)
+    full[0] = False
+    first.verdict()
+    assert (first.totals["champion"].n, first.totals["challenger"].n) == (126, 14) and first.watches["challenger"].seen == 14
+    assert sum("waits for its ledger" in one.message for one in caplog.records) == 2, "once each time"
+
+
+def test_an_idle_server_writes_nothing(tmp_path):
+    first, second = workers_of(tmp_path, 2)
+    told(first, 90, 10)
+    before = first.ledger.path.stat()
+    assert second.verdict() is None and second.totals["challenger"].n == 10
+    after = first.ledger.path.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("left", [b"", bytes(4096), b"\xff{"])
+def test_what_a_power_cut_left_of_a_ledger_is_no_trouble(tmp_path, left):
+    first, second = workers_of(tmp_path, 2)
+    told(first, 90, 10), told(second, 90, 10)
+    first.ledger.path.write_bytes(left)
+    assert told(second, 9, 1) is None and second.totals["challenger"].n == 21
+    assert told(first, 9, 1) is None and first.totals["challenger"].n == 22
+
+
+def test_a_ledger_belongs_to_one_question_and_is_cleared_away(tmp_path):
+    old, new = (ledger_in(tmp_path, "m", [revision, vars(PLAN), {"champion": ["m@1", "d1"]}]) for revision in (3, 4))
+    with old.turn() as values:
+        values["seen"] = 1
+    with new.turn() as values:
+        assert values == {}
+    with pytest.raises(ZeroDivisionError), new.turn() as values:
+        values["seen"] = 1 / 0
+    ledger_in(tmp_path, "m")
+    assert old.path.exists()
+    os.utime(old.path, (1, 1))
+    ledger_in(tmp_path, "m")
+    assert not old.path.exists() and new.path.exists()
+
+
+def test_workers_without_a_folder_share_alpha(tmp_path):
+    (tmp_path / "m").touch()  # nothing can be written there
+    assert ledger_in(None, "m") is ledger_in(tmp_path, "m") is None
+    assert Canary(PLAN, workers=4).wealth == pytest.approx(math.log(3 * 4 / 0.01))
+    assert workers_of(tmp_path, 4)[0].wealth == pytest.approx(math.log(3 / 0.01))
+
+
+WORKER = """
+import sys
+from mlops_nb.serve.canary import Canary, Tally
+from mlops_nb.serve.evidence import ledger_in
+from mlops_nb.serve.plan import ModelPlan
+folder, looks = sys.argv[1], int(sys.argv[2])
+canary = Canary(ModelPlan("recommender", {"champion": 90, "challenger": 10}), ledger=ledger_in(folder, "recommender"))
+for i in range(looks):
+    canary.tallies["champion"].add(Tally(9, 0, {40: 9}))
+    canary.tallies["challenger"].add(Tally(1, 0, {40: 1}))
+    canary.verdict()
+    while canary.said:  # the others were quicker for a second
+        canary.verdict()
+    print(i + 1, flush=True)
+"""
+
+
+def test_a_worker_that_is_killed_leaves_its_evidence_once(tmp_path):
+    "Four processes at one ledger; one that would never end is killed in the middle, and another takes its place."
+    def start(looks):
+        return subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), str(looks)], stdout=subprocess.PIPE, text=True)
+
+    workers = [start(looks) for looks in (60, 60, 60, 10**9)]
+    try:
+        looks = 0
+        while line := next_line(workers[3]):
+            looks = int(line)  # the last that it spoke of; it may have made one more
+            if looks == 20:
+                workers[3].kill()
+        workers.append(start(40))
+        for one in (*workers[:3], workers[4]):
+            one.communicate(timeout=300)
+            assert one.returncode == 0
+    finally:
+        for one in workers:
+            one.kill()
+            one.wait(60)
+    left = workers_of(tmp_path, 1)[0]
+    left.verdict()
+    assert left.totals["challenger"].n - 3 * 60 - 40 in (looks, looks + 1) and left.totals["champion"].n == 9 * left.totals["challenger"].n
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a pool forks")
+def test_real_workers_judge_together_and_a_killed_one_is_counted_once(tmp_path):
+    from test_workers import ask, pool, until
+
+    def seen():
+        return [sum(tally["n"] for tally in json.loads(one.read_text())["totals"].values()) for one in (tmp_path / "shop" / "metrics" / "canaries" / "slow").glob("*.json")]
+
+    plan = Plan((ModelPlan("slow", {"1": 50, "2": 50}),))
+    with pool(tmp_path / "shop", plan=plan, workers=4) as found:
+        for sent in (40, 80):
+            assert {ask(found.url).status_code for _ in range(40)} == {200}
+            until(lambda: seen() == [sent])
+            if sent == 40:
+                children = found.family.children()
+                children[0].kill()
+                until(lambda: len(found.family.children()) == 4 and children[0] not in found.family.children())
+
+        def withdrawn():
+            assert ask(found.url, body=[{"fail": 1}]).status_code in (200, 500)
+            return read_plan(found.plan).revision == 2
+        until(withdrawn)
+        written = read_plan(found.plan)
+        assert (written.by, written.of("slow").traffic) == ("canary", {"1": 100}) and "fails too often" in written.why

@@ -74,6 +74,14 @@ def apply(one, number=3, before=None, **more):
     return {**(before or {}), "name": more.get("name", "recommender"), "by": "kim", "why": more.get("why", ""), **one.apply(wanted(number, **more), before)}
 
 
+def kept(record):
+    "The same record, written down as the verbs do."
+    from mlops_nb.deploy.targets import recorded, write_record
+
+    write_record(recorded(None, {**record, "target": "kubernetes"}, why="first"))
+    return record
+
+
 def image(fake, name="recommender"):
     return fake.get("Deployment", name)["spec"]["template"]["spec"]["containers"][0]["image"]
 
@@ -113,7 +121,7 @@ def test_only_digests_of_tokens_go_to_the_cluster(cluster):
 def test_a_rotated_token_reaches_the_cluster_and_no_pod_is_restarted(cluster):
     from mlops_nb.deploy import tokens
 
-    record = apply(target())
+    record = kept(apply(target()))
     before, pods = cluster.get("Secret", "recommender-tokens")["data"], cluster.names("Pod")
     tokens.tokens("recommender", add="kim")
     plan = {one.what: one for one in target().plan(wanted(), record)}
@@ -377,6 +385,105 @@ def test_one_image_of_one_version_cannot_split(cluster):
     with pytest.raises(Invalid, match=r"holds one version, and 2 are to answer; set gateway"):
         apply(target(), traffic={"champion": 90, "challenger": 10})
     assert not cluster.objects
+
+
+def plan_of(fake):
+    return json.loads(fake.get("ConfigMap", "recommender-plan")["data"]["plan.json"])["models"][0]
+
+
+def test_the_settings_of_a_canary_reach_the_pods(cluster):
+    from mlops_nb.core.settings import DeploySection
+
+    for section, bands in ((DeploySection(canary_error_rate=0.2, canary_drift_psi=1.5), {"error_rate": 0.2, "latency_ratio": 1.5, "drift_psi": 1.5}), (DeploySection(canary=False), {"off": True})):
+        record = apply(target(), section=section, options={"image": "registry.example/shop/all:1", "key": "CustomerID"}, traffic={"champion": 90, "challenger": 10})
+        assert (plan_of(cluster)["canary"], plan_of(cluster)["key"]) == (bands, "CustomerID")
+        assert "is not kept, as predictions_claim names no volume" in record["note"]
+
+
+@pytest.mark.parametrize("options, by", [({"gateway": "edge/public"}, "the Gateway edge/public splits"), ({"mode": "standard"}, "KServe splits")])
+def test_a_key_is_refused_where_nobody_keeps_to_it(cluster, options, by):
+    with pytest.raises(Invalid, match=rf"key = 'CustomerID' of 'recommender' cannot be kept to, as {by} requests without reading their columns; take key out"):
+        apply(serving() if "mode" in options else target(), options={**options, "key": "CustomerID"})
+    assert not cluster.objects
+
+
+EVERY = {"image": "registry.example/shop/all:1"}
+
+
+@pytest.fixture
+def watched(cluster):
+    "A deployment whose pods hold three versions, and what one of them says."
+    from mlops_nb.serve.plan_copy import mark_of
+
+    record = kept(apply(target(), options=EVERY, traffic={"champion": 70, "challenger": 20, "5": 10}))
+    mark = mark_of(cluster.get("ConfigMap", "recommender-plan")["data"]["plan.json"].encode())
+
+    def say(*versions, mark=mark, pods=1):
+        for pod in cluster.names("Pod")[:pods]:
+            cluster.logs[pod] += "".join(f"2026-11-24 09:00:00,000 WARNING mlops_nb.serve: plan {mark}: recommender@{one} is withdrawn: recommender@{one} fails too often.\n" for one in versions)
+
+    return record, say
+
+
+def record_now():
+    from mlops_nb.deploy.targets import record_of
+
+    return record_of("recommender")
+
+
+def test_several_versions_are_withdrawn_in_one_revision_and_a_rollback_brings_them_back(cluster, watched):
+    record, say = watched
+    say("4", pods=2)
+    say("5", "4")
+    status = target().status(record)
+    assert status["traffic"] == {"champion": 100} and plan_of(cluster)["traffic"] == {"3": 100} and status["revision"] == record["revision"] + 1
+    assert status["withdrawn"] == "recommender@4 fails too often; said by 2 pods. recommender@5 fails too often; said by 1 pod."
+    last = record_now()["history"][-1]
+    assert (last["by"], last["why"], last["model"]) == ("canary", status["withdrawn"], "recommender@3") and "'champion': 100" in last["changes"][0]
+    again = target().status(record_now())
+    assert (again["revision"], len(record_now()["history"])) == (status["revision"], 2)
+    back = {**record_now(), **target().rollback({**record_now(), "by": "kim"})}
+    assert plan_of(cluster)["traffic"] == {"3": 70, "4": 20, "5": 10} and "withdrawn" not in kubernetes.revisions(target_folder(back))[-1]
+
+
+def test_what_is_said_of_another_plan_or_of_the_main_version_counts_for_nothing(cluster, watched):
+    record, say = watched
+    say("4", mark="0123456789ab")
+    say("3", "9")  # the main version, and one that is not there
+    cluster.logs[cluster.names("Pod")[0]] += "a client wrote: recommender@4 is withdrawn\n"
+    status = target().status(record)
+    assert status["traffic"] == {"champion": 70, "challenger": 20, "5": 10} and status["revision"] == record["revision"] and len(record_now()["history"]) == 1
+
+
+def test_a_status_stands_without_the_right_to_read_logs_and_says_when_nothing_may_be_changed(cluster, watched):
+    record, say = watched
+    say("4")
+    cluster.forbidden = {("list", "pods")}
+    assert target().status(record)["traffic"]["challenger"] == 20
+    cluster.forbidden = {("patch", "configmaps")}
+    status = target().status(record)
+    assert (status["state"], status["traffic"]["challenger"]) == ("running", 20)
+    assert status["withdrawn"].startswith("recommender@4 fails too often; said by 1 pod. Taking it from all pods failed: ") and "403" in status["withdrawn"]
+    cluster.forbidden = set()
+    assert target().status(record)["traffic"] == {"champion": 90, "5": 10}
+
+
+def test_two_who_look_at_once_write_one_revision(cluster, watched):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from mlops_nb.core.settings import project
+
+    record, say = watched
+    say("4")
+    place = project().folder
+
+    def look(_):
+        with in_project(place):
+            return target().status(record)["traffic"]
+
+    with ThreadPoolExecutor(4) as pool:
+        seen = [each.result(timeout=300) for each in [pool.submit(look, i) for i in range(4)]]
+    assert seen == [{"champion": 90, "5": 10}] * 4 and len(record_now()["history"]) == 2
 
 
 # --- back, up, down, away
@@ -689,6 +796,14 @@ def test_kserve_scales_by_bounds(cluster):
     assert (predictor["minReplicas"], predictor["maxReplicas"], predictor["scaleMetric"], predictor["scaleTarget"]) == (2, 6, "cpu", 50)
     with pytest.raises(Invalid, match="take cpu, or mode = knative"):
         serving().scale(record, autoscale={"max": 6, "requests_per_s": 50})
+
+
+def test_knative_has_no_folder_for_each_pod(cluster):
+    record = apply(serving(), options={"predictions_claim": "shop"})
+    inside = cluster.get("InferenceService", "recommender")["spec"]["predictor"]
+    assert {"name": "predictions", "mountPath": "/var/mlops/predictions", "subPathExpr": "recommender/$(POD_NAME)"} in inside["containers"][0]["volumeMounts"] and record["note"] == ""
+    with pytest.raises(Invalid, match="predictions_claim = 'shop' needs a folder for each pod.*mode = standard"):
+        apply(serving(), options={"predictions_claim": "shop", "mode": "knative"})
 
 
 def test_without_kserve_the_message_says_so(cluster):

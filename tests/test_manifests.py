@@ -34,11 +34,14 @@ WORKLOADS = {
     "whole shadow": Workload("recommender", "recommender", ONE, shadow=Arm("5", "5", "registry.example/shop/recommender:5", 100), gateway="edge/public"),
     "half percents": Workload("recommender", "recommender", (replace(TWO[0], percent=99.5), replace(TWO[1], percent=0.5)), gateway="edge/public"),
     "digest and port": Workload("recommender", "recommender", (Arm("3", "3", f"registry.example:5000/recommender{DIGEST}"),), plan=PLAN, namespace="shop"),
+    "predictions": Workload("recommender", "recommender", ONE, plan=PLAN, predictions="shop-predictions"),
+    "predictions of a shadow": Workload("recommender", "recommender", TWO, shadow=Arm("5", "5", "registry.example/shop/recommender:5", 20), gateway="edge/public", predictions="shop-predictions"),
     "own secret": Workload("recommender", "recommender", ONE, plan=PLAN, secret="shop-tokens"),
     "longest name": Workload(label_of("x" * 99), "recommender", ONE, plan=PLAN),
     "nasty": Workload(label_of("Shop_EU.2"), "recommender", ONE, plan=NASTY),
 }
 KSERVE = {
+    "predictions": Workload("recommender", "recommender", TWO, mode="standard", predictions="shop-predictions"),
     "alone": Workload("recommender", "recommender", ONE, mode="standard"), "canary": Workload("recommender", "recommender", TWO, mode="standard", replicas=4),
     "scaled": Workload("recommender", "recommender", TWO, mode="standard", autoscale={"min": 2, "max": 8, "cpu": 60}), "knative": Workload("recommender", "recommender", TWO, mode="knative"),
     "knative rps": Workload("recommender", "recommender", ONE, mode="knative", autoscale={"min": 1, "max": 8, "requests_per_s": 40}), "knative cpu": Workload("recommender", "recommender", ONE, mode="knative", autoscale={"max": 8, "cpu": 50}),
@@ -90,10 +93,21 @@ def test_a_pod_is_nobody_and_keeps_to_itself(which):
         assert server["securityContext"] == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
         assert pod["automountServiceAccountToken"] is False and thing["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
         writable = [one["mountPath"] for one in server["volumeMounts"] if not one.get("readOnly")]
-        assert writable == ["/tmp"] and server["resources"]["limits"]["memory"] == server["resources"]["requests"]["memory"]
+        assert writable[0] == "/tmp" and (len(writable) == 1 or WORKLOADS[which].predictions) and server["resources"]["limits"]["memory"] == server["resources"]["requests"]["memory"]
         # the pod lives longer than: being forgotten, then the drain
         assert pod["terminationGracePeriodSeconds"] > server["lifecycle"]["preStop"]["sleep"]["seconds"] + WORKLOADS[which].drain_s
         assert {server[key]["httpGet"]["path"] for key in ("startupProbe", "readinessProbe", "livenessProbe")} == {"/v2/health/ready", "/v2/health/live"}
+
+
+def test_every_pod_has_a_folder_of_its_own_for_its_predictions_and_a_shadow_another():
+    "Two mounts of one volume, by the pod's name; behind a Gateway a shadow is a pod like the others, and its answers must not pass for theirs."
+    mounted = lambda which: [(thing["metadata"]["name"], [(one["mountPath"], one["subPathExpr"]) for one in server["volumeMounts"] if one["name"] == "predictions"])
+                             for thing in objects(WORKLOADS[which]) if thing["kind"] == "Deployment" for server in thing["spec"]["template"]["spec"]["containers"]]
+    assert mounted("predictions") == [("recommender", [("/var/mlops/predictions", "recommender/$(POD_NAME)"), ("/var/mlops/predictions.shadow", "recommender.shadow/$(POD_NAME)")])]
+    assert mounted("predictions of a shadow") == [(f"recommender-v{version}", [("/var/mlops/predictions", f"{folder}/$(POD_NAME)")]) for version, folder in ((3, "recommender"), (4, "recommender"), (5, "recommender.shadow"))]
+    server = next(one for one in objects(WORKLOADS["predictions"]) if one["kind"] == "Deployment")["spec"]["template"]["spec"]
+    assert {"name": "MLOPS_PREDICTIONS", "value": "/var/mlops/predictions"} in (env := server["containers"][0]["env"]) and {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}} in env
+    assert {"name": "predictions", "persistentVolumeClaim": {"claimName": "shop-predictions"}} in server["volumes"] and mounted("plain") == [("recommender", [])]
 
 
 def test_no_token_is_in_any_file(tmp_path):
@@ -124,7 +138,7 @@ def test_pods_change_when_they_must_and_only_then():
     template = lambda workload: next(one for one in objects(workload) if one["kind"] == "Deployment")["spec"]["template"]
     plain = WORKLOADS["plain"]
     same = [replace(plain, replicas=7), replace(plain, plan=NASTY), replace(plain, callers=("reports",)), replace(plain, autoscale={"max": 5})]
-    other = [replace(plain, cpu=2.0), replace(plain, workers=2), replace(plain, secret="mine"), replace(plain, arms=(Arm("champion", "4", "registry.example/shop/recommender:4"),))]
+    other = [replace(plain, cpu=2.0), replace(plain, workers=2), replace(plain, secret="mine"), replace(plain, predictions="shop"), replace(plain, arms=(Arm("champion", "4", "registry.example/shop/recommender:4"),))]
     assert all(template(one) == template(plain) for one in same)
     marks = [template(one)["metadata"]["labels"]["mlops-nb/template"] for one in (plain, *other)]
     assert len(set(marks)) == len(marks)

@@ -82,6 +82,7 @@ class DeploySection(Section):
     callers: str = Field("", description="namespaces that may ask, with commas between")
     secret: str = Field("", description="a Secret in the cluster with the token digests; empty makes one")
     pull_secret: str = Field("", description="a Secret in the cluster for pulling the image")
+    predictions_claim: str = Field("", description="a PersistentVolumeClaim (ReadWriteMany) in the cluster for the prediction log; empty keeps none")
     mode: Literal["", "standard", "knative"] = Field("", description="how KServe runs it")
 
 # %% ../../nbs/core/settings.ipynb #33639b30

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import re
 import ssl
@@ -299,10 +300,11 @@ class Cluster(Objects):
         return self.ask("PATCH", self.path("Deployment", name, "scale"), f"Deployment {name}", params={"fieldManager": MANAGER},
                         content=json.dumps({"spec": {"replicas": replicas}}), headers={"Content-Type": "application/merge-patch+json"}).json()
 
-    def logs(self, pod: str, *, lines: int = 100, previous: bool = False) -> str:
-        "The last lines of a pod; nothing when its container has not begun."
+    def logs(self, pod: str, *, lines: int = 100, since_s: float = 0, previous: bool = False) -> str:
+        "The last lines of a pod, or what it said lately; nothing when its container has not begun."
+        which = {"sinceSeconds": max(1, math.ceil(since_s))} if since_s else {"tailLines": lines}
         try:
-            return self.ask("GET", self.path("Pod", pod, "log"), f"log of Pod {pod}", params={"tailLines": lines, **({"previous": "true"} if previous else {})}).text
+            return self.ask("GET", self.path("Pod", pod, "log"), f"log of Pod {pod}", params={**which, **({"previous": "true"} if previous else {})}).text
         except (NotFound, Invalid):
             return ""
 

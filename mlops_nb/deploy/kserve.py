@@ -57,11 +57,13 @@ def main_of(workload: Workload) -> Arm:
 
 
 def whole(workload: Workload) -> None:
-    "`Invalid` for shares that KServe cannot express."
+    "`Invalid` for what KServe cannot express."
     if odd := [arm for arm in workload.arms if arm.percent != int(arm.percent)]:
         raise Invalid(f"{odd[0].percent:g}% for {odd[0].selector} cannot be said to KServe; expected whole percents.")
     if workload.mode == "knative" and len(workload.arms) > 2:
         raise Invalid(f"{len(workload.arms)} versions at once are too many for KServe's Knative mode; expected two, or mode = standard.")
+    if workload.mode == "knative" and workload.predictions:
+        raise Invalid(f"predictions_claim = {workload.predictions!r} needs a folder for each pod, which KServe's Knative mode does not take; take it out, or mode = standard.")
 
 
 def service(

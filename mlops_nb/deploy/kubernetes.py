@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import shlex
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -20,18 +19,19 @@ from ..core.settings import project
 from ..data.versions import user
 from .applying import bring, difference, key_of, ours, tried
 from .cluster import Cluster, access
-from .manifests import Arm, Workload, image_of, label_of, objects, write_manifests
+from .manifests import Arm, Workload, image_of, label_of, objects, planned, write_manifests
 from .rollout import is_ready, rollout, route_is_ready, route_trouble, trouble
-from .targets import Change, artifacts_of
+from .targets import Change, artifacts_of, record_of
 from .tokens import access_file, opened_by, token_of
+from .withdrawing import told, withdrawn, words_of
 from ..serve.image import variables_of
 
 if TYPE_CHECKING:
     from mlops_nb.deploy.targets import Wanted
 
 # %% auto #0
-__all__ = ['TARGET', 'setting', 'scaling', 'arms_of', 'planned', 'workload_of', 'together', 'revisions', 'keep', 'earlier',
-           'restored', 'secret_of', 'cluster_of', 'commands_of', 'Converging', 'facts_of', 'redirected', 'Steering',
+__all__ = ['TARGET', 'setting', 'scaling', 'arms_of', 'workload_of', 'together', 'revisions', 'keep', 'earlier', 'restored',
+           'secret_of', 'cluster_of', 'commands_of', 'note_of', 'Converging', 'facts_of', 'redirected', 'Steering',
            'Kubernetes']
 
 # %% ../../nbs/deploy/kubernetes.ipynb #715504d6
@@ -59,16 +59,6 @@ def arms_of(split: Mapping[str, float], version: Callable[[str], str], image: Ca
     return tuple(arms.values())
 
 
-def planned(workload: Workload) -> Workload:
-    "With the text of the plan that one server follows; behind a Gateway there is none."
-    from mlops_nb.serve import plan
-
-    if workload.apart:
-        return replace(workload, plan="")
-    shadow = {"shadow": workload.shadow.version, "shadow_percent": workload.shadow.percent} if workload.shadow else {}
-    made = plan.planned(workload.model, traffic={arm.version: arm.percent for arm in workload.arms}, key=workload.key, follow=False, **shadow)
-    return replace(workload, plan=json.dumps(made.facts, indent=1) + "\n")
-
 # %% ../../nbs/deploy/kubernetes.ipynb #9dddbdd5
 def workload_of(
     wanted: Wanted,  # what is asked
@@ -87,7 +77,7 @@ def workload_of(
     return planned(Workload(label_of(name), model, arms, shadow, max(1, wanted.replicas), scaling(wanted.autoscale, name), float(setting(wanted, "cpu", 0.5)), float(setting(wanted, "memory_gb", 1.0)),
                             int(setting(wanted, "workers", 1)), namespace=str(setting(wanted, "namespace", "")), gateway=gateway, hostname=str(setting(wanted, "hostname", "")),
                             callers=namespaces, secret=str(setting(wanted, "secret", "")), mode=mode,
-                            key=str(setting(wanted, "key", "")), pull_secret=str(setting(wanted, "pull_secret", "")), variables=variables_of(wanted.section)))
+                            key=str(setting(wanted, "key", "")), canary=wanted.sharing["canary"], predictions=str(setting(wanted, "predictions_claim", "")), pull_secret=str(setting(wanted, "pull_secret", "")), variables=variables_of(wanted.section)))
 
 
 def together(arms: tuple[Arm, ...], shadow: Arm | None, apart: object, template: str, name: str) -> None:
@@ -158,6 +148,14 @@ def commands_of(
     secret = [] if workload.secret else [f"kubectl create secret generic {workload.tokens} --namespace {workload.namespace} {shlex.quote(f'--from-file=tokens.json={access_file(name)}')} --dry-run=client --output yaml | kubectl apply --filename -"]
     return [*secret, f"kubectl apply -k {shlex.quote(str(folder / 'overlays' / 'production'))}"]
 
+
+def note_of(workload: Workload, applied: bool) -> str:
+    "What whoever deployed it should know."
+    notes = {"written, not applied: there is no way to a cluster from here; run these commands where there is one": not applied,
+             "each version has pods of its own, so nobody compares them and no canary is withdrawn by itself": workload.apart and len(workload.arms) > 1,
+             "what is asked and answered is not kept, as predictions_claim names no volume": not workload.predictions}
+    return "; ".join(note for note, holds in notes.items() if holds)
+
 # %% ../../nbs/deploy/kubernetes.ipynb #e522b5f5
 @dataclass
 class Converging:
@@ -214,7 +212,7 @@ class Converging:
         number = keep(folder, like=like, by=by, why=why, applied=bool(cluster), workload=asdict(workload), objects=things, facts=dict(facts))
         return {**facts, "url": url, "context": cluster.access.context if cluster else "", "namespace": workload.namespace, "applied": bool(cluster), "revision": number,
                 "instance": f"{name}-{number}", "manifests": str(folder),
-                "commands": [] if cluster else commands_of(name, workload, folder), "note": "" if cluster else "written, not applied: there is no way to a cluster from here; run these commands where there is one"}
+                "commands": [] if cluster else commands_of(name, workload, folder), "note": note_of(workload, bool(cluster))}
 
 # %% ../../nbs/deploy/kubernetes.ipynb #0ea2ed9f
 def facts_of(model: str, split: Mapping[str, float], shadow: str) -> dict:
@@ -315,14 +313,20 @@ class Kubernetes(Steering):
         return {"name": thing["metadata"]["name"], "ready": live.get("status", {}).get("availableReplicas", 0), "wanted": live["spec"].get("replicas", 1), "trouble": "" if is_ready(live) else trouble(cluster, live)[0]}
 
     def status(self, record: Mapping) -> dict:
-        "Running, rolling out, failing or written only; pods, shares, and what is in the way."
+        "Running, rolling out, failing or written only; pods, shares, and what is in the way. What a pod has withdrawn is withdrawn for all."
         _, last, workload, cluster = self.there(record)
         facts = {"state": "written, not applied", "model": last["facts"]["model"], "url": record["url"], "traffic": {arm.selector: arm.percent for arm in workload.arms}, "shadow": workload.shadow.selector if workload.shadow else "",
-                 "revision": last["number"]}
+                 "revision": last["number"], **({"withdrawn": last["why"]} if last["by"] == "canary" else {})}
         if not cluster:
             return {**facts, "commands": record["commands"]}
         with closing(cluster):
-            pods = [one for one in (self.seen(cluster, thing) for thing in last["objects"]) if one]
+            pods, found = [one for one in (self.seen(cluster, thing) for thing in last["objects"]) if one], told(cluster, workload, last["at"])
+        if found:
+            try:
+                withdrawn(self, record["name"], found)
+                return self.status(record_of(record["name"]))
+            except MlopsError as error:
+                facts["withdrawn"] = f"{words_of(found)} Taking it from all pods failed: {error}"
         bad = [one for one in pods if one["trouble"]]
         return {**facts, "state": "running" if not bad else "rolling out" if all(one["ready"] for one in pods) else "failing", "context": record["context"], "namespace": record["namespace"],
                 "replicas": " + ".join(f"{one['ready']} of {one['wanted']}" for one in pods), **({"trouble": "; ".join(f"{one['name']}: {one['trouble']}" for one in bad)} if bad else {})}

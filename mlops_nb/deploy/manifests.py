@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.errors import Invalid
 from ..core.files import digest_of, write_atomic
 
 # %% auto #0
-__all__ = ['REFERENCE', 'FORGET_S', 'SECURE', 'NOBODY', 'VERSIONS', 'Arm', 'Workload', 'label_of', 'image_of', 'amount', 'probe',
-           'container', 'pod', 'thing', 'hpa', 'arm_objects', 'weights', 'arm_name', 'route', 'wall', 'objects',
-           'in_yaml', 'file_name', 'by_file', 'kustomize', 'lifted', 'chart', 'write_manifests']
+__all__ = ['REFERENCE', 'FORGET_S', 'LOG', 'SECURE', 'NOBODY', 'VERSIONS', 'Arm', 'Workload', 'label_of', 'image_of', 'planned',
+           'amount', 'probe', 'mounts', 'container', 'pod', 'thing', 'hpa', 'arm_objects', 'weights', 'arm_name',
+           'route', 'wall', 'objects', 'in_yaml', 'file_name', 'by_file', 'kustomize', 'lifted', 'chart',
+           'write_manifests']
 
 # %% ../../nbs/deploy/manifests.ipynb #7ed00ce8
 @dataclass(frozen=True)
@@ -51,8 +52,10 @@ class Workload:
     drain_s: int = 30  # how long the server finishes what it has begun
     mode: str = ""  # standard or knative: KServe splits the requests
     key: str = ""  # the input column by which one server keeps a caller with a version
+    canary: Mapping = field(default_factory=dict)  # the bands that a new version must keep, as the plan takes them
     pull_secret: str = ""  # the Secret that opens the image registry
     variables: Mapping[str, str] = field(default_factory=dict)  # limits, origins and access log, for the server; each pod counts for itself
+    predictions: str = ""  # a PersistentVolumeClaim (ReadWriteMany) for the prediction log; nothing is kept without one
 
     @property
     def apart(self) -> bool:
@@ -93,8 +96,25 @@ def image_of(
         raise Invalid(f"{section} = {template!r} does not pin an image; expected a reference with a tag other than latest, with {{version}} or with a digest, such as registry.example/shop/{model}:{{version}}.")
     return image
 
+# %% ../../nbs/deploy/manifests.ipynb #d8974cae
+def planned(
+    workload: Workload,  # the server
+) -> Workload:  # `Invalid` for a key that nobody would keep to
+    "With the text of the plan that one server follows; where versions stand apart there is none."
+    from mlops_nb.serve import plan
+
+    if workload.apart and workload.key:
+        splits = "KServe splits" if workload.mode else f"the Gateway {workload.gateway} splits"
+        raise Invalid(f"key = {workload.key!r} of {workload.name!r} cannot be kept to, as {splits} requests without reading their columns; take key out, or deploy to kubernetes without a gateway, from an image that holds all versions, which split by the key themselves.")
+    if workload.apart:
+        return replace(workload, plan="")
+    shadow = {"shadow": workload.shadow.version, "shadow_percent": workload.shadow.percent} if workload.shadow else {}
+    made = plan.planned(workload.model, traffic={arm.version: arm.percent for arm in workload.arms}, key=workload.key, canary=dict(workload.canary), follow=False, **shadow)
+    return replace(workload, plan=json.dumps(made.facts, indent=1) + "\n")
+
 # %% ../../nbs/deploy/manifests.ipynb #f7cf0d6a
 FORGET_S = 5  # until endpoints and gateways have heard that a pod leaves
+LOG = "/var/mlops/predictions"  # in the pod; a shadow's answers lie beside it
 SECURE = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
 NOBODY = {"runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001, "fsGroup": 10001, "seccompProfile": {"type": "RuntimeDefault"}}
 
@@ -108,26 +128,35 @@ def probe(path: str, **every: int) -> dict:
     return {"httpGet": {"path": path, "port": "http"}, **every}
 
 
+def mounts(workload: Workload, shadow: bool = False) -> list[dict]:
+    "Where the container finds its plan, its tokens and what it may write into: each pod has a folder of its own on the volume of the predictions."
+    kept = {LOG: f"{workload.name}{'.shadow' * shadow}", **({} if workload.apart else {f"{LOG}.shadow": f"{workload.name}.shadow"})} if workload.predictions else {}
+    return [{"name": "tmp", "mountPath": "/tmp"}, {"name": "tokens", "mountPath": "/etc/mlops/tokens", "readOnly": True},
+            *([{"name": "plan", "mountPath": "/etc/mlops/plan", "readOnly": True}] if workload.plan else []),
+            *({"name": "predictions", "mountPath": place, "subPathExpr": f"{folder}/$(POD_NAME)"} for place, folder in kept.items())]
+
+# %% ../../nbs/deploy/manifests.ipynb #c0a7e1d4
 def container(
     workload: Workload,  # the server
     image: str,  # what it runs
     *,
     name: str = "server",  # the container's name
+    shadow: bool = False,  # whether it is behind a Gateway to be sent copies
 ) -> dict:
     "The container of the model server."
-    environment = {"HOME": "/tmp", **({"MLOPS_PORT": f"{workload.port}"} if workload.port != 8080 else {}), "MLOPS_WORKERS": f"{workload.workers}", "MLOPS_TOKENS": "/etc/mlops/tokens/tokens.json", **({"MLOPS_PLAN": "/etc/mlops/plan/plan.json"} if workload.plan else {}), **workload.variables}
+    environment = {"HOME": "/tmp", **({"MLOPS_PORT": f"{workload.port}"} if workload.port != 8080 else {}), "MLOPS_WORKERS": f"{workload.workers}", "MLOPS_TOKENS": "/etc/mlops/tokens/tokens.json", **({"MLOPS_PLAN": "/etc/mlops/plan/plan.json"} if workload.plan else {}), **({"MLOPS_PREDICTIONS": LOG} if workload.predictions else {}), **workload.variables}
+    itself = [{"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}] if workload.predictions else []
     memory = f"{round(workload.memory_gb * 1024)}Mi"
-    mounts = [{"name": "tmp", "mountPath": "/tmp"}, {"name": "tokens", "mountPath": "/etc/mlops/tokens", "readOnly": True}]
     return {
         "name": name, "image": image, "imagePullPolicy": "IfNotPresent", "args": ["serve"],
         "ports": [{"name": "http", "containerPort": workload.port, "protocol": "TCP"}],
-        "env": [{"name": key, "value": value} for key, value in environment.items()],
+        "env": [*itself, *({"name": key, "value": value} for key, value in environment.items())],
         "resources": {"requests": {"cpu": amount(workload.cpu), "memory": memory}, "limits": {"memory": memory}},
         "startupProbe": probe("/v2/health/ready", periodSeconds=2, timeoutSeconds=2, failureThreshold=150),
         "readinessProbe": probe("/v2/health/ready", periodSeconds=5, timeoutSeconds=2, failureThreshold=2),
         "livenessProbe": probe("/v2/health/live", periodSeconds=10, timeoutSeconds=5, failureThreshold=3),
         "lifecycle": {"preStop": {"sleep": {"seconds": FORGET_S}}}, "securityContext": SECURE,
-        "volumeMounts": [*mounts, *([{"name": "plan", "mountPath": "/etc/mlops/plan", "readOnly": True}] if workload.plan else [])]}
+        "volumeMounts": mounts(workload, shadow)}
 
 
 def pod(
@@ -136,16 +165,18 @@ def pod(
     labels: Mapping[str, str],  # by which its siblings are known
     *,
     container_name: str = "server",  # as the platform wants it called
+    shadow: bool = False,  # whether it is sent copies only
 ) -> dict:
     "The pod's specification."
     spread = [{"maxSkew": 1, "topologyKey": key, "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": {"matchLabels": dict(labels)}}
               for key in ("topology.kubernetes.io/zone", "kubernetes.io/hostname")] if labels else []
     volumes = [{"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}}, {"name": "tokens", "secret": {"secretName": workload.tokens, "defaultMode": 0o440}},
-               *([{"name": "plan", "configMap": {"name": f"{workload.name}-plan"}}] if workload.plan else [])]
+               *([{"name": "plan", "configMap": {"name": f"{workload.name}-plan"}}] if workload.plan else []),
+               *([{"name": "predictions", "persistentVolumeClaim": {"claimName": workload.predictions}}] if workload.predictions else [])]
     pull = {"imagePullSecrets": [{"name": workload.pull_secret}]} if workload.pull_secret else {}
     return {"serviceAccountName": workload.name, **pull, "automountServiceAccountToken": False, "enableServiceLinks": False,
             "terminationGracePeriodSeconds": FORGET_S + workload.drain_s + 5, "securityContext": NOBODY,
-            **({"topologySpreadConstraints": spread} if spread else {}), "containers": [container(workload, image, name=container_name)], "volumes": volumes}
+            **({"topologySpreadConstraints": spread} if spread else {}), "containers": [container(workload, image, name=container_name, shadow=shadow)], "volumes": volumes}
 
 # %% ../../nbs/deploy/manifests.ipynb #a23868e9
 VERSIONS = {"ServiceAccount": "v1", "ConfigMap": "v1", "Service": "v1", "Secret": "v1", "NetworkPolicy": "networking.k8s.io/v1", "Deployment": "apps/v1", "HTTPRoute": "gateway.networking.k8s.io/v1",
@@ -174,7 +205,7 @@ def arm_objects(
 ) -> list[dict]:
     "Service, Deployment, autoscaler and disruption budget of one arm."
     chosen = {"app.kubernetes.io/name": workload.name, "app.kubernetes.io/instance": name}
-    inside = pod(workload, arm.image, chosen)
+    inside = pod(workload, arm.image, chosen, shadow=arm is workload.shadow)
     marks = {**chosen, "app.kubernetes.io/managed-by": "mlops_nb", "app.kubernetes.io/version": arm.version, "mlops-nb/template": digest_of(json.dumps(inside, sort_keys=True).encode())[:12]}
     deployment = {"spec": {**({} if workload.autoscale else {"replicas": workload.replicas}), "revisionHistoryLimit": 5, "progressDeadlineSeconds": 600,
                            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}, "selector": {"matchLabels": chosen},

@@ -103,7 +103,7 @@ TABLE = [
     ("advise", "deployment", "deploy.advise:advise", "Say where to deploy a model, on premises, in a cloud or both, and why", "mlops advise recommender@champion --requests-per-s 50 --pattern steady", {"model": "model"}),
     ("deploy", "deployment", "deploy.deployments:deploy", "Deploy a model behind an HTTP endpoint, here, in a container or on a cluster", "mlops deploy recommender@champion --to compose --dry-run", {"model": "model"}),
     ("serve", "deployment", "serve.workers:serve", "Serve models in the foreground", "mlops serve recommender@champion --port 8000", {"model": "model"}),
-    ("deployments", "deployment", "deploy.deployments:deployments", "List deployments and their health", "mlops deployments", {}),
+    ("deployments", "deployment", "deploy.deployments:deployments", "List deployments and their health", "mlops deployments", {"name": "deployment"}),
     ("traffic", "deployment", "deploy.deployments:traffic", "Share a deployment's requests between versions", "mlops traffic recommender champion=90 challenger=10", {"name": "deployment"}),
     ("scale", "deployment", "deploy.deployments:scale", "Change how many processes or replicas answer", "mlops scale recommender 4", {"name": "deployment"}),
     ("logs", "deployment", "deploy.deployments:logs", "Show the end of a deployment's log", "mlops logs recommender 20", {"name": "deployment"}),

@@ -86,7 +86,7 @@ def encoded(row: object) -> bytes:
 
 # %% ../../nbs/monitor/predictions.ipynb #0cad8561
 class PredictionLog:
-    "What a deployment was asked and what it answered: JSON lines in a folder, one file per UTC day."
+    "What a deployment was asked and what it answered: JSON lines in a folder, one file per UTC day; pods of a cluster have a folder each in it."
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class PredictionLog:
 
     def days(self) -> list[str]:
         "The days that hold predictions, in order."
-        return sorted(file.stem for file in self.folder.glob("????-??-??.jsonl"))
+        return sorted({file.stem for file in self.folder.glob("**/????-??-??.jsonl")})
 
     def read(
         self,
@@ -141,6 +141,12 @@ def single(row: Mapping) -> Iterator[Mapping]:
         yield {**row, "inputs": dict(zip(row["columns"], values)), "prediction": answer}
 
 
+def lines_of(folder: Path, day: str) -> Iterator[bytes]:
+    for file in sorted(folder.glob(f"**/{day}.jsonl")):
+        with file.open("rb") as lines:
+            yield from lines
+
+
 def read_days(folder: Path, days: list[str], since: str, until: str) -> pd.DataFrame:
     import pandas as pd
 
@@ -148,14 +154,13 @@ def read_days(folder: Path, days: list[str], since: str, until: str) -> pd.DataF
     for day in days:
         if day < since[:10] or until and day > until[:10]:
             continue
-        with (folder / f"{day}.jsonl").open("rb") as lines:
-            for row in parsed(lines):
-                if row is None or "at" not in row:
-                    damaged += 1
-                elif row["at"] >= since and (not until or row["at"] < until):
-                    for one in single(row):
-                        inputs = {f"input_{key}" if key in OWN else key: value for key, value in one.get("inputs", {}).items()}
-                        found.append({"at": one["at"], "request": one.get("request", ""), "model": one.get("model", ""), **inputs, "prediction": one.get("prediction")})
+        for row in parsed(lines_of(folder, day)):
+            if row is None or "at" not in row:
+                damaged += 1
+            elif row["at"] >= since and (not until or row["at"] < until):
+                for one in single(row):
+                    inputs = {f"input_{key}" if key in OWN else key: value for key, value in one.get("inputs", {}).items()}
+                    found.append({"at": one["at"], "request": one.get("request", ""), "model": one.get("model", ""), **inputs, "prediction": one.get("prediction")})
     frame = pd.DataFrame(found, columns=None if found else list(OWN))
     frame["at"] = pd.to_datetime(frame["at"], utc=True)
     frame = frame[[name for name in frame if name != "prediction"] + ["prediction"]].sort_values("at", kind="stable", ignore_index=True)

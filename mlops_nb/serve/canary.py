@@ -5,19 +5,23 @@
 # %% ../../nbs/serve/canary.ipynb #d723115e
 from __future__ import annotations
 
+import logging
 import math
 import time
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
-from .evidence import FRACTIONS, LIFTS, Evidence, interval, psi_gains, psi_of, share_gains
+from ..core.errors import MlopsError
+from .evidence import FRACTIONS, LIFTS, Evidence, Ledger, interval, psi_gains, psi_of, share_gains
 from .model_plan import ModelPlan
 
 # %% auto #0
-__all__ = ['FLOOR_S', 'KEPT', 'BLOCKS', 'STEP', 'BAND', 'CRITERIA', 'EARLY', 'FEWEST', 'Tally', 'plain', 'quantile', 'Tallies',
-           'Bins', 'coarse', 'shares', 'added', 'over', 'time_gains', 'Watch', 'worst_stretch', 'error_figures',
-           'time_figures', 'seconds_of', 'drift_figures', 'Canary', 'version_row', 'check_rows']
+__all__ = ['FLOOR_S', 'KEPT', 'BLOCKS', 'STEP', 'BAND', 'CRITERIA', 'EARLY', 'FEWEST', 'SILENT_S', 'LOG', 'Tally', 'plain',
+           'quantile', 'Tallies', 'Bins', 'coarse', 'shares', 'added', 'over', 'time_gains', 'Watch', 'worst_stretch',
+           'error_figures', 'time_figures', 'seconds_of', 'drift_figures', 'as_values', 'watch_on', 'Canary', 'judge',
+           'verdict', 'version_row', 'check_rows']
 
 # %% ../../nbs/serve/canary.ipynb #af551e54
 FLOOR_S = 0.001  # shorter times count as a millisecond: nobody minds 0.4 ms instead of 0.2
@@ -175,7 +179,7 @@ class Watch:
         "Bet on what has come since the last block, then learn from it."
         if not self.main.n or not self.new.n:
             return
-        self.since = now if self.since is None else self.since
+        self.since = now if self.since is None else min(self.since, now)  # the clock begins anew with the machine
         main, new = self.merged()
         self.errors.add(share_gains((main.failed + 0.5) / (main.n + 50), (self.main.n, self.main.failed), (self.new.n, self.new.failed), self.bands["error_rate"]), self.new.n)
         self.slow.add(time_gains(main.times, self.main.times, self.new.times, self.per_ratio), self.new.n)
@@ -268,8 +272,28 @@ def drift_figures(watch: Watch) -> dict:
 BAND = {"errors": "error_rate", "times": "latency_ratio", "predictions": "drift_psi"}
 CRITERIA = {"errors": ("errors", error_figures), "times": ("slow", time_figures), "predictions": ("drift", drift_figures)}
 
+# %% ../../nbs/serve/canary.ipynb #336476e0
+def as_values(watch: Watch) -> dict:
+    "All that it knows as plain values, from which another process watches on."
+    return {"evidence": [[one.logs, one.seen] for one in (watch.errors, watch.slow, watch.drift)], "tallies": [one.facts for one in (watch.main, watch.new, *watch.recent[0], *watch.recent[1])],
+            "bins": watch.bins and vars(watch.bins), "blocks": list(watch.blocks), **{name: getattr(watch, name) for name in ("seen", "binned", "since")}}
+
+
+def watch_on(watch: Watch, values: Mapping) -> None:
+    "Make another one know that."
+    watch.seen, watch.binned, watch.since, watch.blocks = values["seen"], values["binned"], values["since"], deque(values["blocks"], BLOCKS)
+    for one, (logs, seen) in zip((watch.errors, watch.slow, watch.drift), values["evidence"]):
+        one.logs, one.seen = logs, seen
+    watch.main, watch.new, *recent = [Tally(**one) for one in values["tallies"]]
+    watch.recent = [tuple(recent[:2]), tuple(recent[2:])]
+    if values["bins"]:
+        watch.bins = Bins(())
+        vars(watch.bins).update(values["bins"])
+
 # %% ../../nbs/serve/canary.ipynb #f389ffb4
 EARLY, FEWEST = 10, 5  # requests and failures before errors are judged
+SILENT_S = 5  # while the plan changes
+LOG = logging.getLogger("mlops_nb.serve")
 
 
 class Canary(Tallies):
@@ -279,17 +303,23 @@ class Canary(Tallies):
         self,
         plan: ModelPlan,  # who has traffic, and the bands
         *,
-        alpha: float = 0.01,  # the chance of a false alarm, ever; divide it by the workers when each of them judges by itself
+        alpha: float = 0.01,  # the chance of a false alarm, ever, of all workers together
         clock: Callable[[], float] = time.monotonic,
+        ledger: Ledger | None = None,  # of all workers; without one each of them judges by itself
+        workers: int = 1,  # how many there are
     ):
         bands, active = plan.bands, [one for one, share in plan.traffic.items() if share > 0]
-        self.plan, self.main, self.clock, self.left, self.why = plan, plan.main, clock, "", None
+        self.plan, self.main, self.clock, self.ledger, self.left, self.why, self.found, self.said = plan, plan.main, clock, ledger, "", None, None, ""
         spread = math.log(bands["latency_ratio"]) if bands else 1.0
-        per_ratio = max(8, math.ceil(spread / 0.05))
-        self.watches = {one: Watch(bands, per_ratio) for one in active if one != self.main} if bands else {}
-        super().__init__(active if bands else (), per_ratio / spread)
+        self.per_ratio = max(8, math.ceil(spread / 0.05))
+        super().__init__(active if bands else (), self.per_ratio / spread)
+        self.begin()
+        self.wealth = math.log(3 * max(len(self.watches), 1) * (1 if ledger else workers) / alpha)  # its logarithm, from which on a criterion is refuted
+
+    def begin(self) -> None:
+        "With nothing seen."
         self.totals = {one: Tally() for one in self.tallies}
-        self.wealth = math.log(3 * max(len(self.watches), 1) / alpha)  # its logarithm, from which on a criterion is refuted
+        self.watches = {one: Watch(self.plan.bands, self.per_ratio) for one in self.tallies if one != self.main}
 
     def add(self, taken: Mapping) -> None:
         "What this or another process has seen."
@@ -300,23 +330,51 @@ class Canary(Tallies):
                 for name, watch in self.watches.items():
                     (watch.main if one == self.main else watch.new if one == name else Tally()).add(tally)
 
-    def verdict(self) -> str | None:
-        "Why a new version leaves its bands, or nothing; `left` is that version. Once given, it stays."
-        self.add(self.taken())
-        for name, watch in self.watches.items():
-            watch.block(self.clock())
-            least = watch.bands["min_requests"]
-            for criterion, (kept, figures) in CRITERIA.items():
-                enough = watch.seen >= min(EARLY, least) and self.totals[name].failed >= FEWEST if criterion == "errors" else watch.seen >= least
-                if not self.why and enough and getattr(watch, kept).log >= self.wealth:
-                    self.left, self.why = name, f"{self.plan.model}@{name} {figures(watch)['said'].format(main=self.main)}."
-        return self.why
-
     @property
     def facts(self) -> dict:
         "The facts of a report: every version's errors with intervals and times, and each criterion with its band and the evidence against it."
         return {"title": f"Canary of {self.plan.model}", "summary": self.why or f"{', '.join(self.watches) or 'nothing is watched'}{' within the bands' if self.watches else ''}",
                 "versions": [version_row(self, one) for one in self.totals], "checks": [row for name in self.watches for row in check_rows(self, name)]}
+
+# %% ../../nbs/serve/canary.ipynb #cf1e5c7e
+def judge(canary: Canary, now: float) -> None:
+    "Bet on what has come, and say what is found out; what another worker found out only when that was a while ago."
+    for name, watch in canary.watches.items():
+        watch.block(now)
+        least = watch.bands["min_requests"]
+        for criterion, (kept, figures) in CRITERIA.items():
+            enough = watch.seen >= min(EARLY, least) and canary.totals[name].failed >= FEWEST if criterion == "errors" else watch.seen >= least
+            if not canary.found and enough and getattr(watch, kept).log >= canary.wealth:
+                canary.left, canary.why = name, f"{canary.plan.model}@{name} {figures(watch)['said'].format(main=canary.main)}."
+                canary.found = [canary.left, canary.why, now]
+    if canary.found and not canary.why and not 0 <= now - canary.found[2] < SILENT_S:
+        canary.left, canary.why = canary.found[:2]
+
+
+def verdict(self: Canary) -> str | None:
+    "Why a new version leaves its bands, or nothing; `left` is that version. Once given, it stays."
+    taken = self.taken()
+    try:
+        with self.ledger.turn() if self.ledger and self.watches else nullcontext({}) as values:
+            if values:
+                self.totals, self.found = {one: Tally(**facts) for one, facts in values["totals"].items()}, self.found or values["found"]
+                for one, facts in values["watches"].items():
+                    watch_on(self.watches[one], facts)
+            self.add(taken)
+            judge(self, self.clock())
+            values.update(totals={one: tally.facts for one, tally in self.totals.items()}, watches={one: as_values(watch) for one, watch in self.watches.items()}, found=self.found)
+        self.said = ""
+    except (OSError, MlopsError) as error:  # the disk is full: what was seen waits for the next look, and is not counted twice
+        self.begin()
+        for one, facts in taken.items():
+            self.tallies[one].add(Tally(**facts))
+        if self.said != str(error):
+            LOG.warning("the canary of %s waits for its ledger: %s", self.plan.model, error)
+        self.said = str(error)
+    return self.why
+
+
+Canary.verdict = verdict
 
 # %% ../../nbs/serve/canary.ipynb #9470a90e
 def version_row(canary: Canary, name: str) -> dict:

@@ -5,12 +5,19 @@
 # %% ../../nbs/serve/evidence.ipynb #f0bc57d8
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..core.files import digest_of, locked
 
 # %% auto #0
-__all__ = ['LIFTS', 'FRACTIONS', 'logit', 'expit', 'nearest', 'share_bet', 'log_sum', 'Evidence', 'share_gains', 'psi_of',
-           'psi_gains', 'solved', 'interval']
+__all__ = ['LIFTS', 'FORMAT', 'FORGOTTEN_S', 'FRACTIONS', 'logit', 'expit', 'nearest', 'share_bet', 'log_sum', 'Evidence',
+           'share_gains', 'Ledger', 'ledger_in', 'psi_of', 'psi_gains', 'solved', 'interval']
 
 # %% ../../nbs/serve/evidence.ipynb #c6af2f48
 def logit(p: float) -> float:
@@ -97,6 +104,50 @@ def share_gains(
         fine, failed, new_fine, new_failed = share_bet(p, expit(logit(allowed) + lift), main[0], new[0], margin)
         gains.append((main[0] - main[1]) * fine + main[1] * failed + (new[0] - new[1]) * new_fine + new[1] * new_failed)
     return gains
+
+# %% ../../nbs/serve/evidence.ipynb #febe5dc8
+class Ledger:
+    "Plain values in a file that several processes change in turn. Whoever is killed at it has changed nothing."
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+
+    @contextmanager
+    def turn(self) -> Iterator[dict]:
+        "The values, to be changed; they are kept when no error comes, whole, and are there for whoever is next."
+        with locked(self.path.with_suffix(".lock"), timeout_s=1):
+            text = self.path.read_text(errors="replace") if self.path.exists() else ""
+            try:
+                values = json.loads(text)
+            except ValueError:  # the first one, or what a power cut left
+                values = {}
+            yield values
+            if (after := json.dumps(values)) != text:
+                draft = self.path.with_suffix(".draft")
+                draft.write_text(after)
+                os.replace(draft, self.path)
+
+# %% ../../nbs/serve/evidence.ipynb #12d12723
+FORMAT, FORGOTTEN_S = 1, 3600  # of the values; after how long the ledger of another question is removed
+
+
+def ledger_in(
+    folder: Path | str | None,  # where the processes of one server leave such files
+    name: str,  # the model
+    of: object = "",  # what has to be the same: plain values
+) -> Ledger | None:
+    "The ledger of a question; None where there is no folder to write to."
+    if folder is None:
+        return None
+    place, stem = Path(folder) / name, digest_of(json.dumps([FORMAT, of], sort_keys=True).encode())[:16]
+    try:
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for one in place.iterdir():
+            if one.stem != stem and time.time() - one.stat().st_mtime > FORGOTTEN_S:
+                one.unlink(missing_ok=True)
+    except OSError:  # another process did it, or it is a disk that is only read
+        pass
+    return Ledger(place / f"{stem}.json") if place.is_dir() and os.access(place, os.W_OK) else None
 
 # %% ../../nbs/serve/evidence.ipynb #5eced25e
 FRACTIONS = (0.1, 0.3, 0.9)  # how much of what he may stake each bettor stakes

@@ -9,7 +9,7 @@ import getpass
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from ..core.address import Address
@@ -31,6 +31,7 @@ class Plan:
     by: str = ""
     why: str = ""
     at: str = ""
+    since: Mapping[str, int] = field(default_factory=dict, compare=False)  # the revision in which each model's entry began
 
     def __post_init__(self):
         object.__setattr__(self, "models", tuple(self.models))
@@ -97,7 +98,7 @@ def stored(path: Path | str) -> dict:
     try:
         plan = plan_from(facts)
         earlier = [{**one, "models": plan_from(one).facts["models"]} for one in facts.get("history", [])]
-        return {**plan.facts, **{name: facts[name] for name in ("restores", "withdraws") if isinstance(facts.get(name), Mapping)}, "history": earlier}
+        return {**plan.facts, **{name: facts[name] for name in ("restores", "withdraws", "since") if isinstance(facts.get(name), Mapping)}, "history": earlier}
     except (Invalid, NotFound, TypeError, AttributeError) as error:
         raise Invalid(f"the plan {path} cannot be followed: {error}") from error
 
@@ -106,7 +107,8 @@ def read_plan(
     path: Path | str,  # the plan file
 ) -> Plan:
     "The plan as it is now; `NotFound` without a file, `Invalid` when it is damaged."
-    return plan_from(stored(path))
+    facts = stored(path)
+    return replace(plan_from(facts), since=facts.get("since", {}))
 
 
 def said_by(by: str, why: str) -> dict:
@@ -136,13 +138,14 @@ def changed(
         revision = before["revision"] if before else 0
         if expected_revision is not None and expected_revision != revision:
             raise Conflict(f"the plan is at revision {revision}{' by ' + before['by'] if before and before['by'] else ''}, not at {expected_revision} any more; read it again and decide anew.")
-        earlier = before.pop("history") if before else []
+        earlier, since = (before.pop("history"), before.pop("since", {})) if before else ([], {})
         revisions = [before, *earlier] if before else []
         plan, notes = make(plan_from(before) if before else None, revisions)
         if before and plan.facts["models"] == before["models"]:
             return plan_from(before)
-        plan = replace(plan, revision=revision + 1, at=timestamp(), **who)
-        write_json(path, {**plan.facts, **notes, "history": revisions[:KEPT - 1]})
+        same = [one["model"] for one in plan.facts["models"] if before and one in before["models"]]
+        plan = replace(plan, revision=revision + 1, at=timestamp(), since={one.model: since.get(one.model, 0) if one.model in same else revision + 1 for one in plan.models}, **who)
+        write_json(path, {**plan.facts, **notes, "since": plan.since, "history": revisions[:KEPT - 1]})
     return plan
 
 

@@ -79,11 +79,13 @@ def desk_of(
     from mlops_nb.serve.journal import Journal
     from mlops_nb.serve.logs import AccessLog
     from mlops_nb.serve.observe import Metrics
+    from mlops_nb.serve.plan_copy import copied, watched_in
     from mlops_nb.serve.traces import traces_to
 
+    order = copied(order)
     limits = dict(order.get("limits", {}))
     limits = Limits(**{**limits, "queue": Queue(**limits.get("queue", {}))})
-    watched = plan.Watched(order["plan"])
+    watched = watched_in(order, tells=index == 0)
     platform = order.get("platform") or {}
     routes = [path for _, path, _, _ in ROUTES] + [platform[name] for name in ("health_route", "predict_route") if platform.get(name)] + [f"grpc {method}" for method in RPC]
     metrics = Metrics(order["metrics"], routes=routes) if order.get("metrics") else None
@@ -106,10 +108,10 @@ def desk_of(
             plan.withdraw(order["plan"], model, selector, by="canary", why=why)
 
     journal = Journal(called(order["journal"])(order)) if order.get("journal") else None
-    endpoint = Endpoint(source_of(order), wanted, journal, limits, told, **({"on_batch": metrics.batched} if metrics else {}), back_off=back, judges=order.get("workers", 1), memory=Path(f"{order['plan']}.good"))
+    endpoint = Endpoint(source_of(order), wanted, journal, limits, told, **({"on_batch": metrics.batched} if metrics else {}), back_off=back, judges=order.get("workers", 1), ledgers=Path(order["metrics"], "canaries") if metrics else None, memory=Path(f"{order['plan']}.good"))
     log = AccessLog(**order["access_log"], on_drop=(lambda lines: metrics.log_failed("access", lines)) if metrics else abs) if order.get("access_log") else None
     opened = OPEN | {platform.get("health_route", "/health")} if order.get("open_health") else frozenset()
-    return Desk(endpoint, Tokens(order.get("tokens"), also=order.get("token_digests", ())), order.get("instance", ""), Path(order["plan"]), metrics, log, traces_to(order.get("collector", ""), service=order.get("name", "")), rates,
+    return Desk(endpoint, Tokens(order.get("tokens"), also=order.get("token_digests", ())), order.get("instance", ""), Path(order.get("mounted", order["plan"])), metrics, log, traces_to(order.get("collector", ""), service=order.get("name", "")), rates,
                 Cors(order["cors"]) if order.get("cors") else None, opened, bool(order.get("trusted_platform")))
 
 # %% ../../nbs/serve/worker.ipynb #2f26c70c
