@@ -1,4 +1,7 @@
-"""The docker and compose targets against an engine that is played by a program of ours: it keeps containers, and runs each as a real server process."""
+"""The docker and compose targets against an engine that is played by a program of ours: it keeps containers, and runs each as a real server process.
+
+With a docker-compatible engine, the same is done for real: `MLOPS_TEST_IMAGES=1 pytest tests/test_containers.py -k real_engine`. The engine is the one that answers (docker, then podman; `MLOPS_TEST_ENGINE` names
+one, `DOCKER_HOST` another socket), the image is built on Python's own slim one or on `MLOPS_TEST_BASE`, and packages come from wherever `PIP_INDEX_URL` says."""
 
 import json
 import os
@@ -18,8 +21,9 @@ from mlops_nb.core.errors import Conflict, Invalid, NotFound, Unavailable
 from mlops_nb.core.files import read_json, write_atomic
 from mlops_nb.core.settings import DeploySection, in_project
 from mlops_nb.deploy.containers import TARGETS
+from mlops_nb.deploy.context import HEALTH
 from mlops_nb.deploy.deployments import deploy, deployment, undeploy
-from mlops_nb.deploy.engine import Container, called, compose_file, composer, engine, in_yaml, run_words
+from mlops_nb.deploy.engine import Container, begun, build_words, built, called, compose_file, composer, engine, in_yaml, own_user, reason_in, rootless, run_words
 from mlops_nb.deploy.requirements import our_wheel
 from mlops_nb.deploy.targets import Wanted, artifacts_of, record_of, recorded, write_record
 from mlops_nb.deploy.tokens import token_of
@@ -526,7 +530,7 @@ CONTAINER = Container("mlops-large", "mlops-large:1-abc", 8300, Path("place"), w
 def test_the_compose_file_is_valid_and_hardened(tmp_path):
     "Against the schema of the Compose specification, as check-jsonschema ships it."
     file = tmp_path / "compose.yaml"
-    for container in (CONTAINER, Container(**{**vars(CONTAINER), "env_file": "/run/shop.env", "cpus": 0.5, "host": "0.0.0.0"})):
+    for container in (CONTAINER, Container(**{**vars(CONTAINER), "env_file": "/run/shop.env", "cpus": 0.5, "host": "0.0.0.0", "grpc_port": 8301})):
         file.write_text(in_yaml(compose_file(container), "a test"))
         done = subprocess.run([sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(file)], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout
@@ -537,12 +541,14 @@ def test_the_compose_file_is_valid_and_hardened(tmp_path):
     assert service["volumes"][0]["read_only"] and not service["volumes"][1]["read_only"] and "MLOPS_TOKEN" not in service["environment"]
 
 
-def test_both_spellings_say_the_same():
-    words, service = run_words(CONTAINER), compose_file(CONTAINER)["services"]["model"]
+@pytest.mark.parametrize("grpc_port", [0, 8301])
+def test_both_spellings_say_the_same(grpc_port):
+    container = Container(**{**vars(CONTAINER), "grpc_port": grpc_port})
+    words, service = run_words(container), compose_file(container)["services"]["model"]
     after = lambda flag: [words[i + 1] for i, word in enumerate(words) if word == flag]
     assert after("--user") == [service["user"]] and after("--publish") == service["ports"] and after("--tmpfs") == service["tmpfs"] and after("--cap-drop") == service["cap_drop"]
     assert dict(one.split("=", 1) for one in after("--env")) == service["environment"] and words[-1] == service["image"]
-    assert [one.split(":")[1:] for one in after("--volume")] == [[volume["target"], "ro" if volume["read_only"] else "rw"] for volume in service["volumes"]]
+    assert [one.split(":")[1:] for one in after("--volume")] == [[volume["target"], f"{'ro' if volume['read_only'] else 'rw'},{volume['bind']['selinux']}"] for volume in service["volumes"]]
 
 
 def test_an_engines_failure_is_a_sentence(shop, played):
@@ -554,15 +560,96 @@ def test_an_engines_failure_is_a_sentence(shop, played):
         called(sys.executable, "-c", "import time; time.sleep(30)", timeout_s=0.2)
 
 
+def test_grpc_and_traces_are_in_the_image_and_at_the_door(shop, no_engine):
+    section = "\n[deploy.large]\ngrpc_port = 28001\ncollector = http://otel.example:4318\n"
+    Path("settings.ini").write_text(f"{(settings := Path('settings.ini').read_text())}{section}")
+    deploy("large@1", to="docker")
+    (build, run), packages = record_of("large")["commands"], (artifacts_of("large", "docker") / "context" / "requirements.txt").read_text()
+    for words in ("--publish 127.0.0.1:28001:8001", "MLOPS_GRPC_PORT=8001", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=http://otel.example:4318/v1/traces", "OTEL_SERVICE_NAME=large"):
+        assert words in run, words
+    assert "grpcio==" in packages and "opentelemetry-sdk==" in packages and build.startswith("docker build ")
+    Path("settings.ini").write_text(settings + section.replace("otel.example", "127.0.0.1"))
+    with pytest.raises(Invalid, match="is the container itself"):
+        deploy("large@1", to="docker")
+
+
+BUILDS = [
+    ("\x1b[91mERROR: Could not find a version\n\x1b[0m\x1b[91mERROR: No matching distribution found for six==1.17.0\n\x1b[0mThe command '/bin/sh -c pip' returned a non-zero code: 1", "ERROR: No matching distribution found for six==1.17.0"),  # docker 20.10
+    ("#9 2.1 ERROR: No matching distribution found for six==1.17.0\nERROR: failed to solve: process \"/bin/sh -c pip\" did not complete successfully: exit code: 1\n", "#9 2.1 ERROR: No matching distribution found for six==1.17.0"),  # BuildKit
+    ("STEP 4/8: RUN pip\nERROR: No matching distribution found for six==1.17.0\nError: building at STEP \"RUN pip\": while running runtime: exit status 1\n", "ERROR: No matching distribution found for six==1.17.0"),  # podman 4.3
+    ("pull access denied for python, repository does not exist\n", "pull access denied for python, repository does not exist"), ("", "it wrote nothing")]
+
+
+@pytest.mark.parametrize("wrote, reason", BUILDS)
+def test_the_reason_of_a_failed_build_is_found(wrote, reason):
+    assert reason_in(wrote) == reason
+
+
+def program(file: Path, text: str) -> str:
+    file.write_text(f"#!/bin/sh\n{text}\n")
+    file.chmod(0o755)
+    return str(file)
+
+
+def test_a_failed_build_says_why_and_keeps_all_that_was_written(tmp_path):
+    failing = program(tmp_path / "docker", "echo 'ERROR: No matching distribution found for six==1.17.0'; echo 'exit code: 1' >&2; exit 1")
+    with pytest.raises(Unavailable, match=r"six==1\.17\.0; all that it wrote is in .*build\.log"):
+        built(failing, "mlops-large:1", tmp_path / "context")
+    log = tmp_path / "build.log"
+    assert "exit code: 1" in log.read_text() and stat.S_IMODE(log.stat().st_mode) == 0o600
+    built(program(tmp_path / "docker", "exit 0"), "mlops-large:1", tmp_path / "context")
+    assert not log.exists()
+
+
+def test_a_port_that_is_held_a_moment_longer_is_waited_for(tmp_path):
+    "As podman's rootlessport does after a stop."
+    held = program(tmp_path / "podman", f"echo \"$1\" >> '{tmp_path}/told'\n[ \"$1\" = run ] && [ $(grep -c run '{tmp_path}/told') -lt 3 ] && {{ echo 'Error: rootlessport listen tcp 127.0.0.1:8300: bind: address already in use' >&2; exit 126; }}\nexit 0")
+    begun(held, CONTAINER)
+    assert (tmp_path / "told").read_text().split() == ["run", "rm", "run", "rm", "run"]
+    with pytest.raises(Unavailable, match="address already in use"):
+        begun(program(tmp_path / "podman", "echo 'bind: address already in use' >&2; exit 126"), CONTAINER, timeout_s=0)
+    with pytest.raises(Unavailable, match="no space"):
+        begun(program(tmp_path / "podman", "echo 'no space left on device' >&2; exit 125"), CONTAINER)
+
+
+def test_an_index_is_named_and_its_address_is_not(monkeypatch):
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    assert build_words("docker", "mlops-large:1", Path("context")) == ["docker", "build", "--tag", "mlops-large:1", "context"]
+    monkeypatch.setenv("PIP_INDEX_URL", "https://ann:p4ss@packages.example/simple")
+    assert build_words("/usr/bin/podman", "mlops-large:1", Path("context"))[1:6] == ["build", "--format", "docker", "--build-arg", "PIP_INDEX_URL"]
+    assert "p4ss" not in str(build_words("docker", "mlops-large:1", Path("context")))
+
+
+@pytest.mark.parametrize("said, without", [(" Security Options:\n  seccomp\n   Profile: builtin\n  rootless\n", True), ("  security:\n    rootless: true\n    seccompEnabled: true\n", True),  # docker 20.10, podman 4.3
+                                           (" Security Options:\n  seccomp\n   Profile: default\n", False), ("  security:\n    rootless: false\n", False)])
+def test_inside_a_rootless_engine_whoever_deploys_is_user_0(tmp_path, said, without):
+    "Another user inside would be a third one outside, who may not read the tokens."
+    (tmp_path / "said").write_text(said)
+    found = program(tmp_path / "podman", f"cat '{tmp_path / 'said'}'")
+    assert rootless(found) == without and (own_user(found) == "0:0") == without
+
+
 @pytest.mark.skipif(not os.environ.get("MLOPS_TEST_IMAGES"), reason="builds a real image: set MLOPS_TEST_IMAGES=1 where an engine answers")
 @pytest.mark.parametrize("to", ["docker", "compose"])
 def test_a_real_engine_builds_and_runs_it(shop, to):
-    if not TARGETS[to].tool():
+    asked, name = os.environ.get("MLOPS_TEST_ENGINE", ""), f"test-{os.getpid()}-{to}"
+    if not TARGETS[to].tool(asked):
         pytest.skip("no container engine answers")
-    one = deploy("large@1", name=f"test-{os.getpid()}-{to}", to=to)
+    with open("settings.ini", "a") as file:
+        file.write(f"\n[deploy.{name}]\nengine = {asked}\nbase = {os.environ.get('MLOPS_TEST_BASE', '')}\n")
     try:
-        assert one.predict(ROWS) == [1, 1] and deploy("large@2", name=one.name, to=to).predict(ROWS) == [2, 2]
+        one = deploy("large@1", name=name, to=to)
+        container = record_of(name)["container"]
+        assert one.predict(ROWS) == [1, 1] and deploy("large@2", name=name, to=to).predict(ROWS) == [2, 2]
+        one.traffic({"1": 50, "2": 50})
+        assert {one.predict(ROWS)[0] for _ in range(60)} == {1, 2}
         one.rollback()
-        assert one.predict(ROWS) == [1, 1] and one.status()["state"] == "running"
+        assert one.predict(ROWS) == [2, 2] and one.status()["state"] == "running" and "answers as" in one.logs()
+        inside = lambda code: subprocess.run([record_of(name)["engine"], "exec", container, "python", "-c", code], capture_output=True, text=True, timeout=120)
+        assert inside("open('/opt/mlops/models/x', 'w')").returncode and inside("open('/x', 'w')").returncode and inside("open('/var/lib/mlops/tokens.json').read()").returncode == 0
+        assert inside(HEALTH).returncode == 0
+        one.scale(2)
+        assert one.predict(ROWS) == [2, 2]
     finally:
-        undeploy(one.name)
+        undeploy(name)

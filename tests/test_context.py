@@ -88,6 +88,23 @@ def test_a_projects_modules_come_with_all_that_they_import(tmp_path, monkeypatch
     assert needed(["numpy"], tmp_path) == (["numpy"], {})
 
 
+def test_packages_elsewhere_on_the_path_are_no_modules_of_the_project(tmp_path, monkeypatch):
+    "Such as those of `pip install --user`, or a folder on PYTHONPATH."
+    for path, text in {"shopkit/__init__.py": "", "shop_kit-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: shop-kit\nVersion: 1.0\n", "shop_kit-1.0.dist-info/RECORD": "shopkit/__init__.py,,\n"}.items():
+        (tmp_path / "elsewhere" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "elsewhere" / path).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+    (tmp_path / "shop").mkdir()
+    assert needed(["shopkit"], tmp_path / "shop") == (["shop-kit"], {})
+
+
+def test_a_file_that_this_python_cannot_read_imports_nothing(tmp_path):
+    (tmp_path / "shop_steps").mkdir()
+    for name, content in {"__init__.py": b"import yaml", "template.py": b"{% if x %}", "latin.py": b"# coding: latin-1\nimport tqdm\nNAME = '\xe4'", "broken.py": b"NAME = '\xe4'"}.items():
+        (tmp_path / "shop_steps" / name).write_bytes(content)
+    assert set(needed(["shop_steps"], tmp_path)[0]) == {"PyYAML", "tqdm"}
+
+
 def test_our_wheel_installs_and_holds_no_panel():
     name, content = our_wheel()
     wheel = zipfile.ZipFile(BytesIO(content))
@@ -197,6 +214,23 @@ def test_the_dockerfile_keeps_the_contracts():
     assert "\nUSER 10001:10001\n" in dockerfile(["m@1"], base=BASE, user=True)
     probe = json.loads(re.search(r"HEALTHCHECK .* CMD (.*)", text)[1])
     assert probe[:2] == ["python", "-c"] and ast.parse(probe[2])
+
+
+def test_where_packages_come_from_is_the_builders_own(monkeypatch):
+    first, last = dockerfile(["m@1"], base=BASE).split("\n\nFROM")
+    assert [line for line in first.splitlines() if line.startswith("ARG")] == ["ARG PIP_INDEX_URL", "ARG PIP_EXTRA_INDEX_URL", "ARG PIP_TRUSTED_HOST"] and "ARG" not in last
+
+
+def test_lightgbm_finds_an_openmp_in_a_slim_image(shop, bundle, tmp_path):
+    "Its wheel expects libgomp.so.1 of the system; those of scikit-learn and XGBoost bring theirs."
+    lightgbm = pytest.importorskip("lightgbm")
+    light = bundle_of(shop, lightgbm.LGBMRegressor(n_estimators=2, min_child_samples=1, verbose=-1), "light", [3.0, 112.5, 16.0, 9.0], trust=["collections.OrderedDict", "lightgbm.basic.Booster", "lightgbm.sklearn.LGBMRegressor"])
+    text = (build_context(light.folder, tmp_path / "light", base=BASE).folder / "Dockerfile").read_text()
+    assert "scikit_learn.libs/libgomp-" in text and 'LD_LIBRARY_PATH="/opt/venv/lib"' in text and "apt-get" not in text
+    context = build_context(bundle.folder, tmp_path / "plain", base=f"python@sha256:{'0' * 64}", user=True)
+    assert "libgomp" not in (file := context.folder / "Dockerfile").read_text()
+    file.write_text(dockerfile(["light@1"], base=context.base, user=True, openmp=True))
+    assert [one["finding"] for one in checked(context) if one["level"] != "info"] == ["this file is not as it was written; write the context again"]  # hadolint has nothing to say
 
 
 def levels(findings, *levels):

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pandas as pd
 import psutil
 import pytest
+from patience import finished, started, until
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="local deployments hand over ports as POSIX systems do")
 
@@ -23,7 +25,7 @@ from mlops_nb.core.settings import init
 from mlops_nb.deploy import local
 from mlops_nb.deploy.deployments import deploy, deployment, deployments, folder_of, record_of, states, undeploy
 from mlops_nb.deploy.engine import free_port
-from mlops_nb.deploy.tokens import private_token, token_file, token_of
+from mlops_nb.deploy.tokens import private_token, token_file, token_of, tokens
 from mlops_nb.serve.server import listen
 
 ROWS = pd.DataFrame({"pieces": [2, 30], "price": [1.5, 3.75]})
@@ -111,19 +113,15 @@ def test_replacing_under_load_fails_no_request(shop):
                 except httpx.HTTPError as error:
                     failures.append(repr(error))
 
-    customers = [threading.Thread(target=customer, args=(i % 2 == 0,)) for i in range(4)]
-    for thread in customers:
-        thread.start()
+    customers = started(*(partial(customer, i % 2 == 0) for i in range(4)))
     try:
         for version in (2, 3, 1):
             deploy(f"large@{version}", name="large")
             n_before = len(answers)
-            while len(answers) < n_before + 100:
-                time.sleep(0.01)
+            until(lambda: len(answers) >= n_before + 100)
     finally:
         stop.set()
-        for thread in customers:
-            thread.join()
+        finished(customers)
     assert failures == [] and {tuple(one) for one in answers} == {(1,), (2,), (3,)}
 
 
@@ -200,7 +198,7 @@ def test_a_stranger_under_the_same_number_is_left_alone(shop):
         assert stranger.poll() is None and one.pid != stranger.pid
     finally:
         stranger.kill()
-        stranger.wait()
+        stranger.wait(120)
 
 
 def test_two_deploys_at_once_take_turns(shop):
@@ -212,11 +210,7 @@ def test_two_deploys_at_once_take_turns(shop):
         except Exception as error:
             errors.append(error)
 
-    together = [threading.Thread(target=go, args=(version,)) for version in (1, 2)]
-    for thread in together:
-        thread.start()
-    for thread in together:
-        thread.join()
+    finished(started(*(partial(go, version) for version in (1, 2))))
     history = record_of("large")["history"]
     assert errors == [] and sorted(one["model"] for one in history) == ["large@1", "large@2"] and [bool(one["until"]) for one in history] == [True, False]
     assert deployment("large").predict(ROWS)[0] == int(history[-1]["model"][-1])
@@ -259,8 +253,76 @@ def test_ports(shop):
     assert two.url.endswith(f":{port}") and gone(one.pid) and two.predict(ROWS) == [2, 2]
     undeploy("large")
     with listen("127.0.0.1", port):
+        assert f"port {port} is taken by another process; unless" in str(deploy("large@1", dry_run=True))
         moved = deploy("large@1")
         assert moved.url != two.url and moved.predict(ROWS) == [1, 1]
+        assert moved.summary == f"large@2 -> large@1; the URL changed to {moved.url}" and f"port {port} is taken by another process, so the URL changed to {moved.url}" in str(moved)
+
+
+def settings(shop: Path, **values: object) -> None:
+    file = shop / "settings.ini"
+    file.write_text(file.read_text().partition("\n[deploy.large]")[0] + "\n[deploy.large]\n" + "".join(f"{key} = {value}\n" for key, value in values.items()))
+
+
+def planned(*words: object, **options: object) -> list[str]:
+    return [one["detail"] for one in deploy(*words, **options, dry_run=True).facts["changes"] if one["action"] != "keep"]
+
+
+def test_a_plan_says_where_the_address_moves_and_deploy_moves_it_there(shop):
+    one = deploy("large@1")
+    before, port = httpx.URL(one.url).port, free_port("127.0.0.1")
+    settings(shop, port=port)
+    assert planned("large@1") == [f"port {before} -> {port}"]
+    settings(shop, port=port, rate_per_s=1000)
+    assert planned("large@1") == [f"port {before} -> {port}", "settings of [deploy.large]"]
+    settings(shop, port=port)
+    two = deploy("large@1")
+    assert two.url == f"http://127.0.0.1:{port}" and two.summary == f"large@1: port {before} -> {port}; the URL changed to {two.url}" and two.predict(ROWS) == [1, 1]
+    assert planned("large@1") == [] and planned("large@1", port=before) == [f"port {port} -> {before}"]
+    settings(shop, host="0.0.0.0")
+    assert planned("large@1") == ["host 127.0.0.1 -> 0.0.0.0", f"port {port} -> a free one"]
+    undeploy("large")
+    settings(shop, port=before)
+    assert planned("large@1") == ["stopped -> large@1, 1 worker", f"port {port} -> {before}"]
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"origins": "https://shop.example/"}, "shop.example/"), ({"collector": "nowhere"}, "the collector 'nowhere' is no address"), ({"host": "192.0.2.7"}, "192.0.2.7.*expected an address of this machine"),
+    ({"port": 8199, "grpc_port": 8199}, "8199 is to be that of HTTP and of gRPC"), ({"token_env": "SHORT_TOKEN"}, "SHORT_TOKEN can be guessed.*at least 16")])
+def test_a_dry_run_sees_what_deploy_would_refuse(shop, monkeypatch, values, words):
+    monkeypatch.setenv("SHORT_TOKEN", "abc")
+    settings(shop, **values)
+    for dry_run in (True, False):
+        with pytest.raises(Invalid, match=words):
+            deploy("large@1", dry_run=dry_run)
+    assert states() == [] and not token_file("large").exists()
+
+
+def test_no_more_processes_than_the_cores_can_use(shop, monkeypatch):
+    monkeypatch.setattr("mlops_nb.serve.image.cores", lambda: 2)
+    for dry_run in (True, False):
+        with pytest.raises(Invalid, match="9 workers are more than 2 cores can use; expected at most 8, 4 a core"):
+            deploy("large@1", replicas=9, dry_run=dry_run)
+    assert "8 workers" in planned("large@1", replicas=8)[0] and states() == []
+    one = deploy("large@1")
+    with pytest.raises(Invalid, match="500 workers"):
+        one.scale(500)
+    for rows in (None, 5, "two"):
+        with pytest.raises(Invalid, match="is no rows; expected a frame"):
+            one.predict(rows)
+    with pytest.raises(Invalid, match="lines is 'x'; expected a whole number"):
+        one.logs("x")
+    assert one.predict(ROWS) == [1, 1] and deployment("large").pid == one.pid
+
+
+def test_a_refused_trial_leaves_a_sentence_in_the_log_and_no_traceback(shop):
+    example(shop, 1, {"columns": ["pieces", "price"], "data": [["two", 1.5]]})
+    with pytest.raises(Unavailable, match="column 'pieces': expected an integer"):
+        deploy("large@1")
+    log = folder_of("large") / "server.log"
+    until(lambda: "the server ends: " in log.read_text())
+    until(lambda: not any("mlops_nb.deploy.local" in (process.info["cmdline"] or []) and process.info["cwd"] == str(shop) for process in psutil.process_iter(["cmdline", "cwd"])))
+    assert "Traceback" not in log.read_text() and "column 'pieces': expected an integer" in log.read_text()
 
 
 @pytest.mark.parametrize("call, error, words", [
@@ -300,18 +362,22 @@ def test_a_token_from_the_environment(shop, monkeypatch):
     one = deploy("large@1")
     assert one.predict(ROWS) == [1, 1] and not token_file("large").exists()
     assert not {"SHOP_TOKEN", "MLOPS_STEP_FOLDER"} & set(psutil.Process(one.pid).environ())
+    monkeypatch.setenv("SHOP_TOKEN", "another-from-the-store")
+    assert planned("large@1") == ["the owner's token"] and deploy("large@1").summary == "large@1: the owner's token"
+    assert one.predict(ROWS) == [1, 1] and planned("large@1") == []
+    tokens("large", add="page")
+    monkeypatch.delenv("SHOP_TOKEN")
+    with pytest.raises(Invalid, match="SHOP_TOKEN, which is not set"):
+        deploy("large@1", dry_run=True)
+    assert [one["name"] for one in tokens("large", revoke="page").facts["tokens"]] == ["owner"], "another program's token goes without ours"
     one.stop()
-    assert b"from-the-secret-store" not in everything_under(shop)
+    assert b"from-the-s" not in everything_under(shop)
 
 
 def test_a_token_file_that_others_can_read_is_refused(shop):
     file = token_file("large")
     made = []
-    together = [threading.Thread(target=lambda: made.append(private_token(file))) for _ in range(8)]
-    for thread in together:
-        thread.start()
-    for thread in together:
-        thread.join()
+    finished(started(*[lambda: made.append(private_token(file))] * 8))
     assert len(set(made)) == 1 and [one.name for one in file.parent.iterdir()] == ["large"]
     file.chmod(0o640)
     with pytest.raises(Untrusted, match="chmod 600"):

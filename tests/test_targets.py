@@ -14,11 +14,11 @@ import psutil
 import pytest
 from test_deploy import ROWS, gone, registered, shop  # noqa: F401
 
-from mlops_nb.core.errors import GateFailed, Invalid, NotFound, Unavailable
+from mlops_nb.core.errors import Conflict, GateFailed, Invalid, NotFound, Unavailable
 from mlops_nb.core.files import read_json, write_json
 from mlops_nb.core.settings import in_project
 from mlops_nb.deploy import deployments, swap, systemd, targets
-from mlops_nb.deploy.deployments import arms, deploy, deployment, deployment_rollback, logs, scale, traffic, undeploy
+from mlops_nb.deploy.deployments import arms, deploy, deployment, deployment_rollback, logs, rollback, scale, traffic, undeploy
 from mlops_nb.deploy.targets import Change, folder_of, record_of, require_able, states, target_named
 from mlops_nb.deploy.tokens import access_file, token_file, token_of, tokens
 
@@ -170,7 +170,9 @@ def test_a_section_of_the_settings_is_a_target_and_a_name(shelf):
     (lambda: deploy("large@1", to="shelf", traffic={"1": 90, "2": 20}), Invalid, "sum to 100"), (lambda: deploy("large@1", to="shelf", traffic={"1": 50, "9": 50}), NotFound, "there are"),
     (lambda: deploy("large@1", to="shelf", traffic={"1": "all"}), Invalid, "expected percent by version"), (lambda: deploy("large@1", to="shelf", replicas=-1), Invalid, "replicas"),
     (lambda: traffic("large", {"1": 100}), NotFound, "there is no deployment"), (lambda: logs("large"), NotFound, "there is no deployment"), (lambda: arms("large", {}), Invalid, "add up"),
-    (lambda: scale("large", 0), Invalid, "undeploy large")])
+    (lambda: scale("large", 0), Invalid, "undeploy large"), (lambda: scale("large", "two"), Invalid, "replicas is 'two'; expected a whole number"),
+    (lambda: deploy("large@1", to="shelf", replicas="2"), Invalid, "replicas is '2'; expected"), (lambda: deploy("large@1", to="shelf", port="80a"), Invalid, "port is '80a'; expected a whole number"),
+    (lambda: deploy("large@1", to="shlf"), Invalid, "did you mean shelf"), (lambda: rollback("large"), NotFound, "there is no deployment 'large'.*A data set goes back.*large@1")])
 def test_what_cannot_be_is_said_before_anything_is_touched(shelf, call, error, words):
     with pytest.raises(error, match=words):
         call()
@@ -195,7 +197,7 @@ def test_a_stopped_deployment_cannot_be_changed(shelf):
     undeploy("large")
     with pytest.raises(Unavailable, match="was stopped; deploy large@1 again"):
         traffic("large", {"1": 100})
-    assert deploy("large@1", to="shelf").summary == "large@1 -> large@1"
+    assert deploy("large@1", to="shelf").summary == "large@1: None -> large@1"
 
 
 @pytest.mark.parametrize("name", ["local", "docker", "compose", "kubernetes", "kserve"])
@@ -252,7 +254,7 @@ def test_traffic_shadow_rollback_and_scale_of_a_running_deployment(shop):  # noq
     worker = eventually(lambda: psutil.Process(more.pid).children() if len(psutil.Process(more.pid).children()) == 2 else [])[0]
     os.kill(worker.pid, signal.SIGKILL)
     assert eventually(lambda: more.status().get("restarts") == 1 and more.status().get("workers") == 2) and answered(more) == {1}
-    assert "another starts" in more.logs() and deploy("large@1").summary == "large@1 -> large@1", "the shadow goes when it is not asked for again"
+    assert "another starts" in more.logs() and deploy("large@1").summary == "large@1: shadow 3 -> none", "the shadow goes when it is not asked for again"
     assert deploy("large@1").summary.startswith("nothing to change")
 
 
@@ -345,6 +347,26 @@ def test_tokens_come_and_go_while_it_runs(shop):  # noqa: F811
     assert not access_file("large").is_relative_to(shop) and token_file("large").read_text() not in access_file("large").read_text()
     with pytest.raises(Invalid, match="rotate it instead"):
         tokens("large", revoke="owner")
+    tokens("large", rotate="owner")
+    assert one.predict(ROWS) == [1, 1], "our own client waits until the servers have looked"
+
+
+def test_tokens_are_changed_one_at_a_time_and_only_as_they_can_be(shelf):
+    with pytest.raises(NotFound, match="there is no deployment 'larg'"):
+        tokens("larg")
+    assert not access_file("larg").parent.exists()
+    deploy("large@1", to="shelf")
+    with pytest.raises(Invalid, match="'admn' is no scope of a token; did you mean admin?"):
+        tokens("large", add="page", scopes="predict,admn")
+    with pytest.raises(Invalid, match="add page and revoke owner are 2 changes.*one at a time"):
+        tokens("large", add="page", revoke="owner")
+    assert {one.name for one in access_file("large").parent.glob("large@*")} == {"large@access.json"}
+    found = tokens("large", add="page", scopes=["predict", "metrics"]).facts
+    assert {one["name"]: one["scopes"] for one in found["tokens"]} == {"owner": "admin, metrics, predict", "page": "metrics, predict"}
+    kept = open(found["file"]).read()
+    with pytest.raises(Conflict, match="already"):
+        tokens("large", add="page")
+    assert open(found["file"]).read() == kept
 
 
 @posix
@@ -366,7 +388,7 @@ def test_a_unit_takes_over_and_brings_it_back(shop, monkeypatch, tmp_path):  # n
         unit = as_systemd_would()
         assert eventually(lambda: record_of("large")["pid"] == unit.pid) and gone(one.pid) and answered(one, 3) == {1} and one.status()["state"] == "running"
         unit.kill()
-        unit.wait()
+        unit.wait(120)
         assert one.status()["state"] == "died"
         unit = as_systemd_would()
         assert eventually(lambda: record_of("large")["pid"] == unit.pid) and eventually(lambda: answered(one, 3) == {1})
@@ -379,6 +401,30 @@ def test_a_unit_takes_over_and_brings_it_back(shop, monkeypatch, tmp_path):  # n
             if process.poll() is None:
                 process.terminate()
                 process.wait(30)
+
+
+def test_a_unit_of_another_project_of_the_same_name_stays(shelf, shop, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr(systemd, "systemctl", lambda *words: False)
+    deploy("large@1", to="shelf")
+    write_json(folder_of("large") / "state.json", {**record_of("large"), "target": "local"})
+    other = tmp_path / "a 100% other" / "shop"
+    shutil.copytree(shop, other)
+    with in_project(other):
+        systemd.keep_running("large")
+        systemd.keep_running("large")  # its own may be written again
+    file = systemd.unit_file("large")
+    theirs = file.read_text()
+    with pytest.raises(Conflict, match="a 100% other.shop running; give this project another name"):
+        systemd.keep_running("large")
+    systemd.released("large")
+    assert file.read_text() == theirs
+    shutil.rmtree(other)
+    systemd.keep_running("large")  # nobody is there any more
+    assert f"WorkingDirectory={shop}" in file.read_text()
+    systemd.released("large")
+    assert not file.exists()
+    write_json(folder_of("large") / "state.json", {**record_of("large"), "target": "shelf"})
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="checked where systemd is installed")

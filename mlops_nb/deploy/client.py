@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
 from mlops_nb.core.errors import Invalid, Unavailable
 from mlops_nb.deploy.targets import folder_of, record_of, state_of
-from mlops_nb.deploy.tokens import token_of
+from mlops_nb.deploy.tokens import just_changed, token_of
 
 if TYPE_CHECKING:
     import ssl
@@ -86,6 +87,8 @@ def bodies(
     from mlops_nb.serve.protocol import encoded
 
     extra = {"params": params} if params else {}
+    if not hasattr(rows, "__iter__") or isinstance(rows, (str, bytes)):
+        raise Invalid(f"{rows!r} is no rows; expected a frame, a record such as {{'pieces': 2}}, or a list of records or lists.")
     if hasattr(rows, "iloc"):
         frame = rows.to_frame() if not hasattr(rows, "columns") else rows
         return [encoded({"dataframe_split": {key: value for key, value in frame.iloc[i:i + at_once].to_dict("split").items() if key != "index"}, **extra})
@@ -112,7 +115,12 @@ def said(
     record = record_of(name)
     if (state := state_of(record)) in ("stopped", "died"):
         raise Unavailable(f"deployment {name!r} {'was' if state == 'stopped' else 'has'} {state}; deploy {record['model']} again, or see {folder_of(name) / 'server.log'}.")
-    response = ask(method, record["url"] + path, token_of(name), body, tls=record.get("tls") or {})
+    while True:
+        early = just_changed(name)  # a server that does not know a new token yet is asked again
+        response = ask(method, record["url"] + path, token_of(name), body, tls=record.get("tls") or {})
+        if response.status_code != 401 or not early:
+            break
+        time.sleep(0.2)
     if response.status_code != 200:
         raise (Invalid if response.status_code < 500 and response.status_code != 429 else Unavailable)(f"deployment {name!r} refused ({response.status_code}): {refusal(response)}")
     return response.json()

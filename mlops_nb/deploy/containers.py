@@ -15,18 +15,19 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ..core.errors import Invalid, MlopsError, NotFound, Unavailable
 from ..core.files import digest_of, disk_faults, write_atomic
 from ..core.settings import project
 from .context import Context, build_context, checked, read_context
-from .engine import GRACE_S, Container, answers, called, compose_file, composer, engine, exchanged, free_port, in_yaml, inspect, log_of, ours, proved, run_words, waited
+from .engine import GRACE_S, Container, answers, build_words, built, called, compose_file, composer, engine, exchanged, free_port, in_yaml, inspect, log_of, ours, own_user, proved, run_words, waited
 from .mounted import fits_in, laid_out, owned, planned_in, shadow_of, shares_of, state_written, taken, versions_of
 from .targets import Change, Wanted, artifacts_of
 from ..serve.image import variables_of
 
 # %% auto #0
-__all__ = ['TARGETS', 'prepared', 'container_of', 'settings_of', 'signature_of', 'Docker', 'Compose']
+__all__ = ['TARGETS', 'prepared', 'container_of', 'traced', 'settings_of', 'signature_of', 'Docker', 'Compose']
 
 # %% ../../nbs/deploy/containers.ipynb #cc41d177
 def prepared(
@@ -35,8 +36,9 @@ def prepared(
 ) -> Context:
     "Bundles and build context; `Invalid` when the context has an error in it."
     laid_out(versions_of(wanted), place)
-    options = {key: wanted.options[key] for key in ("base", "extras", "wheels") if wanted.options.get(key)}
-    context = build_context(place / "models", place / "context", name=wanted.name, bake=False, **options)
+    options = {key: wanted.options[key] for key in ("base", "wheels") if wanted.options.get(key)}
+    extras = {*wanted.options.get("extras", ()), *(["grpc"] if wanted.section.grpc_port else []), *(["otel"] if wanted.section.collector else [])}
+    context = build_context(place / "models", place / "context", name=wanted.name, bake=False, extras=sorted(extras), **options)
     if wrong := [one for one in checked(context) if one["level"] == "error"]:
         raise Invalid(f"the build context of {wanted.name} has an error: {wrong[0]['where']}: {wrong[0]['finding']}.")
     return context
@@ -47,6 +49,7 @@ def container_of(
     before: Mapping | None,  # the record so far
     image: str,  # its image
     place: Path,  # the target's folder
+    found: str = "",  # the engine
 ) -> Container:
     "The container that is wanted."
     from mlops_nb.monitor.predictions import predictions_of
@@ -59,13 +62,22 @@ def container_of(
         if not file.is_file():
             raise NotFound(f"there is no file {file} with variables for {wanted.name}; make it, or take env_file out of the settings.")
     predictions = Path(os.path.relpath(predictions_of(wanted.name).folder, place)).as_posix()
-    return Container(f"mlops-{project().name}-{wanted.name}".lower(), image, port, place, host=wanted.section.host, workers=max(wanted.replicas, asked.get("workers", 1)),
-                     predictions=predictions, variables=variables_of(wanted.section), **options)
+    return Container(f"mlops-{project().name}-{wanted.name}".lower(), image, port, place, host=wanted.section.host, user=own_user(found), grpc_port=wanted.section.grpc_port, workers=max(wanted.replicas, asked.get("workers", 1)),
+                     predictions=predictions, variables={**variables_of(wanted.section), **traced(wanted.name, wanted.section.collector)}, **options)
+
+
+def traced(name: str, address: str) -> dict[str, str]:
+    "The variables with which a server sends its traces to a collector; `Invalid` when the address would mean the container itself."
+    from mlops_nb.serve.traces import collector
+
+    if address and urlsplit(collector(address, {})).hostname in ("localhost", "127.0.0.1", "::1"):
+        raise Invalid(f"collector = {address} is the container itself when a container reads it; name an address that it reaches, such as this machine's on its network.")
+    return {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": collector(address, {}), "OTEL_SERVICE_NAME": name} if address else {}
 
 
 def settings_of(container: Container) -> dict:
     "What the record keeps of a container."
-    return {key: getattr(container, key) for key in ("name", "image", "port", "host", "workers", "user", "memory_mb", "cpus", "env_file", "predictions", "variables")}
+    return {key: getattr(container, key) for key in ("name", "image", "port", "host", "workers", "user", "memory_mb", "cpus", "env_file", "predictions", "variables", "grpc_port")}
 
 
 def signature_of(container: Container) -> str:
@@ -80,8 +92,8 @@ def words_of(shares: Mapping[str, float]) -> str:
 def changes_of(target: Docker, wanted: Wanted, before: Mapping | None) -> list[Change]:
     with tempfile.TemporaryDirectory() as folder:
         image = prepared(wanted, Path(folder)).image
-    container = container_of(wanted, before, image, artifacts_of(wanted.name, target.name))
     found = target.tool(str(wanted.options.get("engine", "")))
+    container = container_of(wanted, before, image, artifacts_of(wanted.name, target.name), found)
     now = {"traffic": words_of(shares_of(wanted.split, versions_of(wanted))), "shadow": shadow_of(wanted)}
     if not before or before.get("stopped_at"):
         by_hand = [] if found else [Change("run", "by hand", "no container engine answers: the files are written and the record has the commands")]
@@ -102,7 +114,7 @@ def facts_of(container: Container, found: str, planned: Mapping, before: Mapping
     shown = f"[{container.host}]" if ":" in container.host else "127.0.0.1" if container.host == "0.0.0.0" else container.host
     return {"host": container.host, "port": container.port, "url": f"http://{shown}:{container.port}", "image": container.image, "container": container.name, "engine": found,
             "signature": signature_of(container), "settings": settings_of(container), "shares": planned["traffic"], "shadow_version": planned["shadow"], "plan": str(place / "state" / "plan.json"),
-            "previous": None if same or not before else {"image": before["image"], "shares": before["shares"]}}
+            "previous": None if same or not before else {"image": before["image"], "shares": before["shares"], **{key: before["settings"].get(key, empty) for key, empty in (("variables", {}), ("grpc_port", 0))}}}
 
 
 def applied(target: Docker, wanted: Wanted, before: Mapping | None) -> dict:
@@ -110,7 +122,7 @@ def applied(target: Docker, wanted: Wanted, before: Mapping | None) -> dict:
     from mlops_nb.serve.protocol import encoded
 
     place, found = artifacts_of(wanted.name, target.name), target.tool(str(wanted.options.get("engine", "")))
-    container = container_of(wanted, before, prepared(wanted, place).image, place)
+    container = container_of(wanted, before, prepared(wanted, place).image, place, found)
     planned = {"traffic": shares_of(wanted.split, versions_of(wanted)), "shadow": shadow_of(wanted), **wanted.sharing}
     facts = facts_of(container, found, planned, before, place)
     keep = lambda folder: state_written(wanted.name, place / folder, wanted.found.name, wanted.why, **planned)
@@ -119,7 +131,7 @@ def applied(target: Docker, wanted: Wanted, before: Mapping | None) -> dict:
         target.write(container)
         return {**facts, "note": "written, not running: no container engine answers; run these commands", "commands": target.commands(container)}
     if not answers(found, "image", "inspect", container.image):
-        called(found, "build", "--tag", container.image, str(place / "context"), timeout_s=3600)
+        built(found, container.image, place / "context")
     running = ours(found, container).get("state") == "running"
     if running and before and before.get("signature") == facts["signature"]:
         keep("state")
@@ -179,7 +191,7 @@ def rolled_back(target: Docker, record: Mapping) -> dict:
     if not previous:
         followed(record, model, "the plan before")
         return planned_in(place, model)
-    container = Container(**{**record["settings"], "image": previous["image"]}, folder=place)
+    container = Container(**{**record["settings"], **{key: value for key, value in previous.items() if key != "shares"}}, folder=place)
     gap = target.exchange(target.needed(record), container) if record["engine"] else target.write(container) or 0.0
     return {**planned_in(place, model), "image": container.image, "signature": signature_of(container), "settings": settings_of(container), "previous": None, "gap_s": gap}
 
@@ -202,7 +214,7 @@ class Docker:
 
     def commands(self, container: Container) -> list[str]:
         "What a person runs where an engine is."
-        return [f"docker build --tag {container.image} {shlex.quote(str(container.folder / 'context'))}", f"docker {shlex.join(run_words(container))}"]
+        return [shlex.join(build_words("docker", container.image, container.folder / "context")), f"docker {shlex.join(run_words(container))}"]
 
     def write(self, container: Container) -> None:
         "What has to be there before the container: the folders that it writes into."

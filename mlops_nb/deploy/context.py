@@ -24,17 +24,18 @@ from ..core.errors import Conflict, Invalid, NotFound, Unavailable
 from ..core.files import digest_of, disk_faults, read_json
 from ..core.report import Noun
 from ..core.settings import project
-from .requirements import EXTRAS, epoch, modules_in, needed, our_wheel, pinned, repacked, requirements_of, serving, without_index
+from .requirements import EXTRAS, OPENMP, epoch, modules_in, needed, our_wheel, pinned, repacked, requirements_of, serving, without_index
 
 # %% auto #0
-__all__ = ['HOME', 'PORT', 'USER', 'ENTRYPOINT', 'CMD', 'HEALTH', 'LABELS', 'ENVIRONMENT', 'dockerfile', 'inspected', 'Context',
-           'read_context', 'build_context', 'checked']
+__all__ = ['HOME', 'PORT', 'USER', 'ENTRYPOINT', 'CMD', 'HEALTH', 'LABELS', 'INDEX', 'ENVIRONMENT', 'dockerfile', 'inspected',
+           'Context', 'read_context', 'build_context', 'checked']
 
 # %% ../../nbs/deploy/context.ipynb #8dfbc0f9
 HOME, PORT, USER = "/opt/mlops", 8080, 10001
 ENTRYPOINT, CMD = ("python", "-m", "mlops_nb.serve.image"), ("serve",)
 HEALTH = "import os, urllib.request as u; e = os.environ.get; u.urlopen('http://127.0.0.1:%s/ping' % (e('SAGEMAKER_BIND_TO_PORT') or e('AIP_HTTP_PORT') or e('MLOPS_PORT') or 8080), timeout=2)"
 LABELS = {"com.amazonaws.sagemaker.capabilities.accept-bind-to-port": "true", "com.amazonaws.sagemaker.capabilities.multi-models": "true"}
+INDEX = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST")  # where the builder's packages come from
 ENVIRONMENT = {"PATH": "/opt/venv/bin:$PATH", "HOME": "/tmp", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "MLOPS_MODELS": f"{HOME}/models"}
 
 # %% ../../nbs/deploy/context.ipynb #c4dfd589
@@ -45,17 +46,21 @@ def dockerfile(
     code: bool = False,  # whether modules of the project go in
     bake: bool = True,  # whether the models go in
     user: bool = False,  # whether the image itself leaves root
+    openmp: bool = False,  # whether a package looks for the system's libgomp
     labels: Mapping[str, str] | None = None,  # more of them
 ) -> str:
     "The Dockerfile of some models."
     listed = lambda facts: " \\\n      ".join(f"{key}={json.dumps(value)}" for key, value in facts.items())
-    environment = {**ENVIRONMENT, **({"PYTHONPATH": f"{HOME}/code"} if code else {})}
+    environment = {**ENVIRONMENT, **({"PYTHONPATH": f"{HOME}/code"} if code else {}), **({"LD_LIBRARY_PATH": "/opt/venv/lib"} if openmp else {})}
+    linked = " \\\n    && ln -s /opt/venv/lib/python*/site-packages/scikit_learn.libs/libgomp-*.so* /opt/venv/lib/libgomp.so.1 && test -f /opt/venv/lib/libgomp.so.1" if openmp else ""
+    arguments = "\n".join(f"ARG {name}" for name in INDEX)
     install = "pip --python /opt/venv/bin/python install --no-cache-dir --no-compile --no-deps"
     lines = f"""
 # {', '.join(models)}: written by mlops_nb {mlops_nb.__version__}. Build it again rather than edit it.
 FROM {base} AS build
+{arguments}
 COPY requirements.txt /build/
-RUN python -m venv --without-pip /opt/venv && {install} -r /build/requirements.txt
+RUN python -m venv --without-pip /opt/venv && {install} -r /build/requirements.txt{linked}
 COPY wheels /build/wheels/
 RUN {install} /build/wheels/*.whl \\
     && /opt/venv/bin/python -m compileall -qq --invalidation-mode unchecked-hash /opt/venv/lib
@@ -191,7 +196,7 @@ def build_context(
         files = {path: content for path, content in files.items() if not path.startswith("models/")}
     inside = [one.address for one in found] if bake else sorted({one.name for one in found})
     labels = {"org.opencontainers.image.title": name or found[0].name, **({"org.opencontainers.image.version": ", ".join(str(one.version) for one in found)} if bake else {})}
-    files["Dockerfile"] = dockerfile(inside, base=base, code=bool(own), bake=bake, user=user, labels=labels).encode()
+    files["Dockerfile"] = dockerfile(inside, base=base, code=bool(own), bake=bake, user=user, openmp=not packages.keys().isdisjoint(OPENMP), labels=labels).encode()
     files[".dockerignore"] = IGNORED.encode()
     about = {"models": inside, "base": base, "packages": packages, "notes": [note for one in found for note in one.warnings]}
     return placed(Path(folder), {path: inspected(path, content) for path, content in sorted(files.items())}, about, name or found[0].name)

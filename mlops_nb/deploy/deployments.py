@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mlops_nb.core.address import Address, bare_name
-from mlops_nb.core.errors import GateFailed, Invalid, Unavailable
+from mlops_nb.core.errors import GateFailed, Invalid, NotFound, Unavailable
 from mlops_nb.core.files import locked, timestamp
 from mlops_nb.core.report import Noun, Report
 from mlops_nb.core.settings import DeploySection, project
 from mlops_nb.data.versions import user
 from mlops_nb.deploy.client import bodies, said
-from mlops_nb.deploy.targets import (Change, Target, Wanted, as_it_is, folder_of, plan_report, record_of, recorded, require_able, state_of, states, target_named, write_record)
+from mlops_nb.deploy.targets import (Change, Target, Wanted, as_it_is, folder_of, plan_report, record_of, recorded, require_able, state_of, states, target_named, whole, write_record)
 
 if TYPE_CHECKING:
     from mlops_nb.data.versions import Version
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['gate', 'arms', 'Deployment', 'words_of', 'shown', 'deployment', 'wanted_of', 'before_of', 'changing', 'deploy',
-           'planned', 'facts_of', 'carried_out', 'kept', 'changed', 'traffic', 'shadowed', 'deployment_rollback',
-           'rollback', 'scale', 'deployments', 'logs', 'undeploy']
+           'planned', 'told', 'facts_of', 'carried_out', 'kept', 'changed', 'traffic', 'shadowed',
+           'deployment_rollback', 'rollback', 'scale', 'deployments', 'logs', 'undeploy']
 
 # %% ../../nbs/deploy/deployments.ipynb #d50b8489
 def gate(
@@ -155,9 +155,9 @@ def wanted_of(model: object, name: str, to: str, traffic: Mapping | None, shadow
     settings, address = project().settings, model.address if hasattr(model, "address") else str(model)
     found = registry.model(address)
     name = bare_name(name or (to if to in settings.deploy else found.name), "deployment")
-    if not 0 <= port <= 65535:
+    if not 0 <= whole(port, "port") <= 65535:
         raise Invalid(f"port {port} is not valid; expected 0 to 65535.")
-    if replicas < 0:
+    if whole(replicas, "replicas") < 0:
         raise Invalid(f"{replicas} replicas cannot be had; expected 1 or more, or 0 to keep what there is.")
     section, before = settings.deploy.get(name, DeploySection()), before_of(name) or {}
     target = target_named(to or (section.target if "target" in section.model_fields_set else before.get("target", "local")), settings)
@@ -192,7 +192,7 @@ def deploy(
     shadow: str = "",  # a version that gets copies of the requests
     replicas: int = 0,  # how many; 0 keeps what there is
     autoscale: dict | None = None,  # bounds for a target that scales by itself: min, max, and cpu or requests_per_s
-    port: int = 0,  # the port; 0 keeps the one it has, or takes the settings' or a free one
+    port: int = 0,  # the port; 0 takes the settings', or keeps the one it has, or takes a free one
     why: str = "",  # for the history
     dry_run: bool = False,  # only show what would change
     force: bool = False,  # deploy it although its validation failed
@@ -208,7 +208,7 @@ def deploy(
                 write_record(recorded(before, {**before, **facts_of(wanted)}, why=wanted.why))
             return replace(deployment(wanted.name), summary=f"nothing to change: {wanted.found.address} answers already")
         carried_out(wanted, target, changes, before, here)
-    return replace(deployment(wanted.name), summary=f"{before['model'] if before else 'nothing'} -> {wanted.found.address}")
+    return told(deployment(wanted.name), before, changes)
 
 # %% ../../nbs/deploy/deployments.ipynb #abd648ad
 def planned(wanted: Wanted, target: Target) -> tuple[list[Change], dict | None, dict | None]:
@@ -217,6 +217,13 @@ def planned(wanted: Wanted, target: Target) -> tuple[list[Change], dict | None, 
     here = before if before and before["target"] == target.name else None
     moved = before and not here and not before["stopped_at"]
     return [*target.plan(wanted, here), *([Change("delete", f"{before['target']} {wanted.name}", f"{before['model']} at {before['url']}")] if moved else [])], before, here
+
+
+def told(now: Deployment, before: dict | None, changes: list[Change]) -> Deployment:
+    "What a deploy did, in a line."
+    was, details = before["model"] if before else "nothing", [one.detail for one in changes if one.action != "keep" and one.detail]
+    summary = f"{was} -> {now.model}" if was != now.model else f"{now.model}: {'; '.join(details[:4])}"
+    return replace(now, summary=f"{summary}; the URL changed to {now.url}" if before and before["url"] != now.url else summary)
 
 
 def facts_of(wanted: Wanted) -> dict:
@@ -301,9 +308,14 @@ def rollback(
     "Go back: a data set to an old version, which becomes its newest, or a deployment to what it served before."
     from mlops_nb.data import branches
 
-    if "@" in address or not (folder_of(bare_name(address, "deployment")) / "state.json").exists():
+    if "@" in address or ":" in address:
         return branches.rollback(address, message=message)
-    return deployment_rollback(address, message)
+    try:
+        return deployment_rollback(address, message)
+    except NotFound as error:
+        if (folder_of(address) / "state.json").exists():
+            raise
+        raise NotFound(f"{error} A data set goes back to a version, such as {address}@1.") from None
 
 
 def scale(
@@ -314,14 +326,18 @@ def scale(
     why: str = "",  # for the history
 ) -> Deployment:
     "Change the number of a deployment's replicas."
-    if replicas < 1 and not autoscale:
+    if whole(replicas, "replicas") < 1 and not autoscale:
         raise Invalid(f"{replicas} replicas cannot be had; expected 1 or more, or bounds to scale between; `mlops undeploy {name}` stops it.")
     ability, words = ("autoscale", f"autoscale {', '.join(f'{key} {value}' for key, value in autoscale.items())}") if autoscale else ("scale", f"{replicas} replica{'s' if replicas > 1 else ''}")
     return changed(name, (ability,), why, lambda target, record: {"replicas": replicas or record.get("replicas", 1), "autoscale": autoscale, **target.scale(record, replicas or None, autoscale)}, words)
 
 # %% ../../nbs/deploy/deployments.ipynb #349cb390
-def deployments() -> Report:
-    "All deployments of the project and their state."
+def deployments(
+    name: str = "",  # one of them, asked where it runs; all of them, as written down, when left out
+) -> Report:
+    "All deployments of the project and their state, or how one is now; on a cluster what a pod has withdrawn is withdrawn for all."
+    if name:
+        return Report({"title": f"Deployment {name}", **{key: value for key, value in deployment(name).status().items() if value}})
     rows = states()
     running = sum(row["state"] in ("running", "deployed") for row in rows)
     return Report({"title": "Deployments", "summary": f"{running} of {len(rows)} running" if rows else "none yet; make one with `mlops deploy recommender@champion`", "deployments": rows})
@@ -334,7 +350,7 @@ def logs(
     "The end of a deployment's log."
     target = target_named((record := record_of(name))["target"])
     require_able(target, "logs")
-    return target.logs(record, lines)
+    return target.logs(record, whole(lines, "lines"))
 
 # %% ../../nbs/deploy/deployments.ipynb #b0086ebe
 def undeploy(

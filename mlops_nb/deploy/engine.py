@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -18,13 +19,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.errors import Conflict, Invalid, Unavailable
-from ..core.files import digest_of
-from .context import HEALTH, HOME, PORT, USER
+from ..core.files import digest_of, write_atomic
+from .context import HEALTH, HOME, INDEX, PORT, USER
 
 # %% auto #0
-__all__ = ['ENGINES', 'STATE', 'PREDICTIONS', 'GRACE_S', 'TMP', 'answers', 'engine', 'composer', 'called', 'own_user',
-           'Container', 'run_words', 'compose_file', 'in_yaml', 'inspect', 'ours', 'log_of', 'waited', 'proved',
-           'exchanged']
+__all__ = ['ENGINES', 'STATE', 'PREDICTIONS', 'GRPC_PORT', 'GRACE_S', 'TMP', 'answers', 'engine', 'composer', 'called',
+           'build_words', 'reason_in', 'built', 'rootless', 'own_user', 'Container', 'run_words', 'compose_file',
+           'in_yaml', 'inspect', 'ours', 'log_of', 'waited', 'proved', 'begun', 'exchanged']
 
 # %% ../../nbs/deploy/engine.ipynb #9ba29c17
 ENGINES = ("docker", "podman")
@@ -72,9 +73,48 @@ def called(
         raise Unavailable(f"`{' '.join(words[:2])}` failed: {last}")
     return done.stdout
 
+# %% ../../nbs/deploy/engine.ipynb #de763a3b
+def build_words(
+    found: str,  # the engine
+    image: str,  # the name it gets
+    context: Path,  # the folder to build from
+) -> list[str]:  # of a command
+    "How an image is built; podman leaves the health check out of images that are not of docker's format."
+    places = [word for name in INDEX if os.environ.get(name) for word in ("--build-arg", name)]
+    return [found, "build", *(["--format", "docker"] if Path(found).name == "podman" else []), *places, "--tag", image, str(context)]
+
+
+def reason_in(text: str) -> str:
+    "The line of a build's output that says what was wrong."
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in text.splitlines()]
+    whole = [line for line in lines if line and "failed to solve" not in line]
+    return next((line for line in reversed(whole) if re.search(r"\bERROR: ", line)), (whole or ["it wrote nothing"])[-1])[:300]
+
+
+def built(found: str, image: str, context: Path) -> None:
+    "Build an image; `Unavailable` says why not, and where all that the engine wrote is."
+    log = context.parent / "build.log"
+    try:
+        done = subprocess.run(build_words(found, image, context), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=3600)
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"`{found} build` did not finish within an hour; look at the engine, then try again.") from None
+    if done.returncode:
+        write_atomic(log, done.stdout, mode=0o600)
+        raise Unavailable(f"`{found} build` failed: {reason_in(done.stdout).rstrip('.')}; all that it wrote is in {log}.")
+    log.unlink(missing_ok=True)
+
 # %% ../../nbs/deploy/engine.ipynb #5c36c7b5
-def own_user() -> str:
-    "The user inside: whoever deploys, so that private files can be read, and never root."
+def rootless(found: str) -> bool:
+    "Whether an engine runs without rights of its own, as podman does by default."
+    return bool(re.search(r"(?m)^\s*rootless(: true)?\s*$", called(found, "info", timeout_s=30)))
+
+
+def own_user(
+    found: str = "",  # the engine
+) -> str:
+    "The user inside: whoever deploys, so that private files can be read. A rootless engine calls that user 0, who is nobody else's root; any other gets no root."
+    if found and rootless(found):
+        return "0:0"
     mine = (os.getuid(), os.getgid()) if hasattr(os, "getuid") and os.getuid() else (USER, USER)
     return ":".join(map(str, mine))
 
@@ -95,6 +135,7 @@ class Container:
     state: str = "state"  # the folder with plan and tokens
     predictions: str = ""  # where predictions are written down, from the folder; nowhere when left out
     variables: Mapping[str, str] = field(default_factory=dict)  # limits, origins and logs, for the server inside
+    grpc_port: int = 0  # on this machine, for Open Inference over gRPC; 0 is off
 
     @property
     def labels(self) -> dict[str, str]:
@@ -103,8 +144,13 @@ class Container:
 
     @property
     def environment(self) -> dict[str, str]:
-        own = {"MLOPS_WORKERS": str(self.workers), "MLOPS_PLAN": f"{STATE}/plan.json", "MLOPS_TOKENS": f"{STATE}/tokens.json"}
+        own = {"MLOPS_WORKERS": str(self.workers), "MLOPS_PLAN": f"{STATE}/plan.json", "MLOPS_TOKENS": f"{STATE}/tokens.json", **({"MLOPS_GRPC_PORT": str(GRPC_PORT)} if self.grpc_port else {})}
         return {**own, **self.variables, **({"MLOPS_PREDICTIONS": PREDICTIONS} if self.predictions else {})}
+
+    @property
+    def ports(self) -> list[str]:
+        "Address and port here, port inside."
+        return [f"{self.host}:{self.port}:{PORT}", *([f"{self.host}:{self.grpc_port}:{GRPC_PORT}"] if self.grpc_port else [])]
 
     @property
     def mounts(self) -> list[tuple[str, str, bool]]:
@@ -113,7 +159,7 @@ class Container:
         return [("models", f"{HOME}/models", True), (self.state, STATE, False), *logs]
 
 
-STATE, PREDICTIONS = "/var/lib/mlops", "/var/log/mlops/predictions"
+STATE, PREDICTIONS, GRPC_PORT = "/var/lib/mlops", "/var/log/mlops/predictions", 8001
 
 # %% ../../nbs/deploy/engine.ipynb #c69fe5da
 GRACE_S, TMP = 30, "/tmp:rw,noexec,nosuid,nodev,size=256m"
@@ -125,10 +171,11 @@ def run_words(
     "The words after `docker`, to run it in the background."
     words = ["run", "--detach", "--name", container.name, "--init", "--read-only", "--tmpfs", TMP, "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--user", container.user,
              "--memory", f"{container.memory_mb}m", "--cpus", f"{container.cpus or container.workers:g}", "--pids-limit", "512", "--log-opt", "max-size=10m", "--restart", "unless-stopped",
-             "--stop-timeout", str(GRACE_S), "--publish", f"{container.host}:{container.port}:{PORT}"]
+             "--stop-timeout", str(GRACE_S)]
+    words += [word for port in container.ports for word in ("--publish", port)]
     words += [word for name, value in container.labels.items() for word in ("--label", f"{name}={value}")]
     for here, inside, only_read in container.mounts:
-        words += ["--volume", f"{os.path.abspath(container.folder / here)}:{inside}:{'ro' if only_read else 'rw'}"]
+        words += ["--volume", f"{os.path.abspath(container.folder / here)}:{inside}:{'ro' if only_read else 'rw'},z"]
     words += [word for name, value in container.environment.items() for word in ("--env", f"{name}={value}")]
     return [*words, *(["--env-file", container.env_file] if container.env_file else []), container.image]
 
@@ -139,9 +186,9 @@ def compose_file(
     "A Compose file's content; its paths are relative to the file."
     limits = {"cpus": f"{container.cpus or container.workers:g}", "memory": f"{container.memory_mb}M", "pids": 512}
     service = {
-        "image": container.image, "build": {"context": "./context"}, "container_name": container.name, "init": True, "user": container.user, "read_only": True, "tmpfs": [TMP],
-        "cap_drop": ["ALL"], "security_opt": ["no-new-privileges:true"], "ports": [f"{container.host}:{container.port}:{PORT}"], "environment": container.environment, "labels": container.labels,
-        "volumes": [{"type": "bind", "source": f"./{here}", "target": inside, "read_only": only_read} for here, inside, only_read in container.mounts],
+        "image": container.image, "build": {"context": "./context", "args": list(INDEX)}, "container_name": container.name, "init": True, "user": container.user, "read_only": True, "tmpfs": [TMP],
+        "cap_drop": ["ALL"], "security_opt": ["no-new-privileges:true"], "ports": container.ports, "environment": container.environment, "labels": container.labels,
+        "volumes": [{"type": "bind", "source": f"./{here}", "target": inside, "read_only": only_read, "bind": {"selinux": "z"}} for here, inside, only_read in container.mounts],
         "healthcheck": {"test": ["CMD", "python", "-c", HEALTH.replace("$", "$$")], "interval": "10s", "timeout": "3s", "retries": 3, "start_period": "60s"},
         "restart": "unless-stopped", "stop_grace_period": f"{GRACE_S}s", "logging": {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}},
         "deploy": {"replicas": 1, "resources": {"limits": limits}, "update_config": {"order": "start-first", "failure_action": "rollback"}},
@@ -235,7 +282,8 @@ def proved(
     "Run it beside the old one; `Unavailable` unless it gets ready and answers."
     from mlops_nb.deploy.client import ask, refusal
 
-    trial = replace(container, name=f"{container.name}-trial", port=free_port(container.host), host="127.0.0.1", state="trial", predictions="")  # a request to try it is no prediction
+    ports = {"port": free_port("127.0.0.1"), "grpc_port": free_port("127.0.0.1") if container.grpc_port else 0}
+    trial = replace(container, name=f"{container.name}-trial", **ports, host="127.0.0.1", state="trial", predictions="")  # a request to try it is no prediction
     removed(found, trial.name)
     try:
         called(found, *run_words(trial))
@@ -247,6 +295,20 @@ def proved(
         removed(found, trial.name)
 
 # %% ../../nbs/deploy/engine.ipynb #a68441e1
+def begun(found: str, container: Container, timeout_s: float = 15) -> None:
+    "Start a container; what held the port for the one before may end a moment after it."
+    latest = time.monotonic() + timeout_s
+    while True:
+        try:
+            called(found, *run_words(container))
+            return
+        except Unavailable as error:
+            if not re.search("address already in use|port is already allocated", str(error)) or time.monotonic() > latest:
+                raise
+        removed(found, container.name)
+        time.sleep(0.25)
+
+
 def exchanged(
     found: str,  # the engine
     container: Container,  # the new one
@@ -259,7 +321,7 @@ def exchanged(
         removed(found, aside)
         called(found, "rename", container.name, aside)
     try:
-        called(found, *run_words(container))
+        begun(found, container)
         waited(found, container)
     except Unavailable as error:
         removed(found, container.name)

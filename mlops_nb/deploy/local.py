@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -19,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlops_nb.core.errors import MlopsError, Unavailable
-from mlops_nb.core.files import disk_faults, write_json
-from mlops_nb.core.settings import in_project
+from mlops_nb.core.errors import Invalid, MlopsError, Unavailable
+from mlops_nb.core.files import disk_faults, private_folder, write_json
+from mlops_nb.core.settings import DeploySection, in_project
 from mlops_nb.serve.server import listen
 from mlops_nb.serve.workers import Pool, hear, say
 
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
     from mlops_nb.serve.journal import Entry
 
 # %% auto #0
-__all__ = ['STARTED', 'created', 'alive', 'stop', 'meeting_place', 'door_at', 'hand_on', 'take', 'remembering', 'alarm',
-           'asked_to_stop', 'Supervisor', 'main', 'Candidate', 'start']
+__all__ = ['STARTED', 'created', 'alive', 'stop', 'require_sound', 'pages_of', 'meeting_place', 'door_at', 'hand_on', 'take',
+           'remembering', 'alarm', 'asked_to_stop', 'Supervisor', 'main', 'Candidate', 'start']
 
 # %% ../../nbs/deploy/local.ipynb #55f5b32b
 STARTED: dict[int, subprocess.Popen] = {}  # our own children, so that they can be reaped
@@ -78,18 +77,36 @@ def stop(
     created(pid)
     return True
 
+# %% ../../nbs/deploy/local.ipynb #35bc37c3
+def require_sound(
+    section: DeploySection,  # the settings
+    port: int,  # where it is to answer; 0 is any
+    workers: int,  # how many processes
+) -> None:
+    "`Invalid` when this machine cannot serve so: its cores, the address, web pages, a collector, two ports that are one."
+    from mlops_nb.serve.edge import Cors
+    from mlops_nb.serve.image import affordable
+    from mlops_nb.serve.traces import collector
+
+    affordable(workers)
+    listen(section.host).close()
+    Cors(pages_of(section))
+    collector(section.collector, {})
+    if port and section.grpc_port == port:
+        raise Invalid(f"port {port} is to be that of HTTP and of gRPC; give grpc_port another one.")
+
+
+def pages_of(section: DeploySection) -> list[str]:
+    "The web pages that may ask."
+    return [one.strip() for one in section.origins.split(",") if one.strip()]
+
 # %% ../../nbs/deploy/local.ipynb #cc3db460
 def meeting_place(
     instance: str,  # the id of the server that has the port
 ) -> Path:
     "The Unix socket over which a server hands on its port; `Unavailable` when its folder is not private."
     folder = Path(tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp") / f"mlops-{os.getuid()}"
-    with disk_faults(folder):
-        folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise Unavailable(f"{folder} belongs to somebody else or is open to others; remove it, servers hand over their ports there.")
-    return folder / f"{instance}.sock"
+    return private_folder(folder, "servers hand over their ports there") / f"{instance}.sock"
 
 
 def door_at(place: Path) -> socket.socket:
@@ -212,14 +229,20 @@ class Supervisor:
     def run(self) -> None:
         "Leave the private port, look after the workers until SIGTERM, drain."
         if self.line:
-            del self.pool.watched[self.line.fileno()]
-            self.line.close()
+            self.hang_up()
         self.pool.leave()
         self.trial.close()
         self.pool.run_until(self.over)
 
+    def hang_up(self) -> None:
+        "Listen to the process that deploys no more."
+        self.pool.watched.pop(self.line.fileno(), None)
+        self.line.close()
+
     def end(self) -> None:
         "Let the workers finish, and close the door."
+        if self.line:
+            self.hang_up()
         if hasattr(self, "place"):
             self.place.unlink(missing_ok=True)
         self.pool.drain()
@@ -258,9 +281,10 @@ def main(
         logging.error("the process that deployed is gone; this candidate ends itself")
         code = 1
     except BaseException as error:
+        known = isinstance(error, MlopsError)
         with suppress(OSError):
-            say(line, error=str(error) if isinstance(error, MlopsError) else f"starting it failed with {type(error).__name__}")
-        logging.exception("the server ends")
+            say(line, error=str(error) if known else f"starting it failed with {type(error).__name__}")
+        logging.error("the server ends%s", f": {error}" if known else "", exc_info=not known)
         code = 1
     finally:
         if supervisor:

@@ -26,12 +26,13 @@ import mlops_nb
 from ..core.errors import Invalid, NotFound, Unavailable
 
 # %% auto #0
-__all__ = ['SERVING', 'FASTER', 'EXTRAS', 'LINUX', 'pinned', 'modules_in', 'needed', 'epoch', 'packed', 'our_wheel',
+__all__ = ['SERVING', 'FASTER', 'OPENMP', 'EXTRAS', 'LINUX', 'pinned', 'modules_in', 'needed', 'epoch', 'packed', 'our_wheel',
            'without_index', 'repacked', 'requirements_of']
 
 # %% ../../nbs/deploy/requirements.ipynb #37935b02
 SERVING = ("blake3", "filelock", "granian", "numpy", "orjson", "pandas", "prometheus-client", "psutil", "pydantic", "scikit-learn", "scipy", "skops", "starlette")
 FASTER = ("uvloop",)  # used where it is installed
+OPENMP = ("lightgbm",)  # wheels that look for the system's libgomp, which slim images do not have
 EXTRAS = {"grpc": ("grpcio", "protobuf"), "otel": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http")}
 LINUX = {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix"}
 
@@ -102,7 +103,8 @@ def place_of(name: str, folder: Path) -> Path | tuple[str, ...]:
     if spec is None:
         raise NotFound(f"the model needs the module {name!r}, which is neither in {folder.name} nor installed; put it beside settings.ini, or install it.")
     origin = Path(spec.origin) if spec.origin and spec.has_location else None
-    installed = origin is None or any(origin.is_relative_to(sysconfig.get_path(lib)) for lib in ("purelib", "platlib"))
+    libraries = [*map(sysconfig.get_path, ("purelib", "platlib")), *(distribution(one).locate_file("") for one in brought_by(name))]  # the user's own site-packages, or another on PYTHONPATH
+    installed = origin is None or any(origin.is_relative_to(one) for one in libraries)
     if installed or not origin.exists():
         return brought_by(name)
     return origin.parent if spec.submodule_search_locations else origin
@@ -119,9 +121,12 @@ def files_of(place: Path) -> dict[str, Path]:
             if file.is_file() and file.suffix in CARRIED and not any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(place).parts)}
 
 
-def imported_by(source: str) -> set[str]:
-    "The top-level modules that a piece of Python imports, wherever in it."
-    nodes = list(ast.walk(ast.parse(source)))
+def imported_by(source: str | bytes) -> set[str]:
+    "The top-level modules that a piece of Python imports, wherever in it; none when this Python cannot read it, so that nobody imports it here."
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError):
+        return set()
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level and node.module]
     return {name.partition(".")[0] for name in names}
@@ -148,7 +153,7 @@ def needed(
             distributions |= set(place)
             continue
         files |= (own := files_of(place))
-        todo += [(one, False) for file in own.values() if file.suffix == ".py" for one in imported_by(file.read_text(encoding="utf-8"))]
+        todo += [(one, False) for file in own.values() if file.suffix == ".py" for one in imported_by(file.read_bytes())]
     return sorted(distributions), dict(sorted(files.items()))
 
 # %% ../../nbs/deploy/requirements.ipynb #acbea9ff

@@ -22,7 +22,7 @@ from mlops_nb.core.files import digest_of, read_json
 from mlops_nb.core.settings import DeploySection, project
 from mlops_nb.deploy.client import ask, refusal, said, trusting
 from mlops_nb.deploy.targets import Change, Wanted, folder_of, state_of
-from mlops_nb.deploy.tokens import opened_by, token_of
+from mlops_nb.deploy.tokens import opened_by, opens, token_of
 
 if TYPE_CHECKING:
     import socket
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MADE_UP', 'TARGET', 'port_for', 'secured', 'caution', 'reached', 'example_of', 'tried', 'plan_for', 'copied',
-           'planned_now', 'facts_of', 'words_of', 'differences', 'settings_of', 'Pending', 'forgotten', 'ended',
-           'order_of', 'started', 'Planned', 'Local']
+           'planned_now', 'facts_of', 'words_of', 'differences', 'moves', 'taken', 'settings_of', 'Pending',
+           'forgotten', 'ended', 'order_of', 'started', 'Planned', 'Local']
 
 # %% ../../nbs/deploy/swap.ipynb #4a9ba8ae
 def port_for(
@@ -174,12 +174,31 @@ def words_of(split: Mapping[str, float]) -> str:
 def differences(wanted: Wanted, before: Mapping, now: Mapping, tls: Mapping = {}) -> list[str]:
     "What is not yet as it is wanted, old -> new."
     pairs = [("traffic", words_of(now["traffic"]), words_of(wanted.split)), ("shadow", now["shadow"], wanted.shadow), ("workers", before["replicas"], wanted.replicas),
-             ("host", before["host"], wanted.section.host), ("port", before["port"], wanted.port or before["port"]),
              ("certificate", (before.get("tls") or {}).get("certificate"), tls.get("certificate"))]
     if len(wanted.split) == 1:
         pairs.insert(0, ("model", now["answers"], wanted.found.address))
     asked = [] if before.get("settings", settings_of(wanted)) == settings_of(wanted) else [f"settings of [deploy.{wanted.name}]"]
-    return [f"{what} {old or 'none'} -> {new or 'none'}" for what, old, new in pairs if old != new] + asked
+    return [*(f"{what} {old or 'none'} -> {new or 'none'}" for what, old, new in pairs if old != new), *moves(wanted, before), *asked, *([] if opens(wanted.name) else ["the owner's token"])]
+
+
+def moves(wanted: Wanted, before: Mapping) -> list[str]:
+    "Where it is to answer, old -> new: a port that is not asked for stays, unless the host is another."
+    host, port = wanted.section.host, wanted.port or wanted.section.port
+    pairs = ("host", before["host"], host), ("port", before["port"], port or (before["port"] if host == before["host"] else "a free one"))
+    return [f"{what} {old} -> {new}" for what, old, new in pairs if old != new]
+
+
+def taken(wanted: Wanted, before: Mapping) -> str:
+    "What a person should know when somebody else has the port of a deployment that does not run; empty when there is nothing."
+    from mlops_nb.serve.server import listen
+
+    if moves(wanted, before) or wanted.port or wanted.section.port:
+        return ""
+    try:
+        listen(before["host"], before["port"]).close()
+    except Conflict:
+        return f"port {before['port']} is taken by another process; unless it is free again by then, the URL changes."
+    return ""
 
 
 def settings_of(wanted: Wanted) -> dict:
@@ -227,11 +246,13 @@ def ended(record: Mapping) -> None:
 # %% ../../nbs/deploy/swap.ipynb #02e1dd46
 def order_of(name: str, instance: str, plan: Path, workers: int, tokens: Path, section: DeploySection = DeploySection()) -> dict:
     "What a new process is to serve, and within which bounds."
+    from mlops_nb.deploy.local import pages_of
+
     metrics, place = folder_of(name) / "metrics", project()
     metrics.mkdir(parents=True, exist_ok=True)
     rates = {key: getattr(section, key.replace("per_s", "rate_per_s", 1) if key == "per_s" else key) for key in ("per_s", "total_per_s")}
     tls = [str(place.path(file)) for file in (section.cert, section.cert_key)] if section.cert else None
-    bounds = {"tls": tls, "rates": rates if any(rates.values()) else None, "cors": [one.strip() for one in section.origins.split(",") if one.strip()], "grpc": section.grpc_port or None, "host": section.host,
+    bounds = {"tls": tls, "rates": rates if any(rates.values()) else None, "cors": pages_of(section), "grpc": section.grpc_port or None, "host": section.host,
               "collector": section.collector, "access_log": {"path": str(place.path(section.access_log)), "payloads": section.payloads} if section.access_log else None}
     return {**{key: value for key, value in bounds.items() if value}, "project": str(project().folder), "name": name, "instance": instance, "plan": str(plan), "tokens": str(tokens), "workers": workers, "journal": "mlops_nb.deploy.local:remembering",
             "metrics": str(metrics), "trial": f"try-{secrets.token_hex(8)}"}
@@ -254,6 +275,8 @@ def started(
         tried(candidate, found, token, order["trial"], tls=tls)
         with port_for(before, wanted.section.host, wanted.port or wanted.section.port) as public:
             place = reached(wanted.section, tls, public)
+            if before and not moves(wanted, before) and place["port"] != before["port"]:
+                place["note"] = f"port {before['port']} is taken by another process, so the URL changed to {place['url']}. {place['note']}".strip()
             say(candidate.line, [public], serve=True)
             candidate.hear(timeout_s=30)
     except BaseException as error:
@@ -302,7 +325,9 @@ class Planned:
     def scale(self, record: Mapping, replicas: int | None = None, autoscale: Mapping | None = None) -> dict:
         "Another number of workers, by a replacement."
         from mlops_nb.model import registry
+        from mlops_nb.serve.image import affordable
 
+        affordable(replicas or 1)
         entry = planned_now(record).of(record["model"].partition("@")[0])
         wanted = Wanted(record["name"], record["address"], registry.model(f"{entry.model}@{entry.main}"), traffic=entry.traffic, shadow=entry.shadow, replicas=replicas or 1,
                         section=project().settings.deploy.get(record["name"], DeploySection()).model_copy(update={"host": record["host"]}), port=record["port"], why=record["why"])
@@ -316,16 +341,22 @@ class Local(Planned):
 
     def plan(self, wanted: Wanted, before: Mapping | None) -> list[Change]:
         "What would change; nothing does."
+        from mlops_nb.deploy.local import require_sound
+
         tls = secured(wanted.section, wanted.name)
-        return [*self.changes(wanted, before, tls), *([Change("keep", "note", note)] if (note := caution(wanted.section, tls)) else [])]
+        require_sound(wanted.section, wanted.port or wanted.section.port or (before or {}).get("port", 0), wanted.replicas)
+        opens(wanted.name)  # says when its token cannot be one
+        notes = caution(wanted.section, tls), taken(wanted, before) if before and state_of(before) != "running" else ""
+        return [*self.changes(wanted, before, tls), *(Change("keep", "note", note) for note in notes if note)]
 
     def changes(self, wanted: Wanted, before: Mapping | None, tls: Mapping) -> list[Change]:
         "From what is there to what is wanted."
         what = f"process {wanted.name}"
         if not before or (state := state_of(before)) != "running":
-            return [Change("create" if not before else "run", what, f"{'nothing' if not before else state} -> {wanted.found.address}, {wanted.replicas} worker{'s' if wanted.replicas > 1 else ''}")]
+            first = Change("create" if not before else "run", what, f"{'nothing' if not before else state} -> {wanted.found.address}, {wanted.replicas} worker{'s' if wanted.replicas > 1 else ''}")
+            return [first, *(Change("update", what, one) for one in (moves(wanted, before) if before else []))]
         if not (plan := planned_now(before)):
-            return [Change("update", what, f"{before['model']} -> {wanted.found.address}")]
+            return [Change("update", what, one) for one in (f"{before['model']} -> {wanted.found.address}", *moves(wanted, before))]
         now = {**before, **({"traffic": {}, "shadow": ""} if wanted.found.name not in {one.model for one in plan.models} else facts_of(plan, wanted.found.name)), "answers": self.status(before)["model"]}
         changed = differences(wanted, before, now, tls)
         return [Change("update", what, one) for one in changed] or [Change("keep", what, f"{now['answers']} answers at {before['url']}")]

@@ -15,15 +15,15 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlops_nb.core.errors import Invalid, MlopsError
+from mlops_nb.core.errors import Conflict, Invalid, MlopsError
 from mlops_nb.core.files import disk_faults, locked, write_atomic
 from mlops_nb.core.report import Report
 from mlops_nb.core.settings import DeploySection, in_project, project
 from mlops_nb.deploy.targets import folder_of, record_of, state_of, write_record
 
 # %% auto #0
-__all__ = ['NOTHING_TO_DO', 'UNIT', 'quoted', 'unit_text', 'unit_name', 'unit_file', 'systemctl', 'answers', 'keep_running',
-           'released', 'resumed', 'main']
+__all__ = ['NOTHING_TO_DO', 'UNIT', 'quoted', 'unit_text', 'unit_name', 'unit_file', 'systemctl', 'answers', 'held_by',
+           'keep_running', 'released', 'resumed', 'main']
 
 # %% ../../nbs/deploy/systemd.ipynb #1b0ce222
 NOTHING_TO_DO = 64
@@ -102,6 +102,14 @@ def answers() -> bool:
     "Whether the user's systemd answers."
     return systemctl("show-environment")
 
+
+def held_by(name: str) -> str:
+    "The folder of another project that has the unit of this name; empty when nobody else does."
+    file = unit_file(name)
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    folder = next((line.partition("=")[2] for line in lines if line.startswith("WorkingDirectory=")), "").replace("%%", "%").replace("\\\\", "\\")
+    return folder if folder != str(project().folder) and Path(folder).is_dir() else ""
+
 # %% ../../nbs/deploy/systemd.ipynb #2b5559a7
 def keep_running(
     name: str,  # the deployment, on this machine
@@ -112,6 +120,8 @@ def keep_running(
         raise Invalid(f"{name!r} runs on {record['target']}, which restarts it by itself; a systemd unit is for a process on this machine.")
     if record["stopped_at"]:
         raise Invalid(f"deployment {name!r} was stopped; deploy {record['model']} again, then give it to systemd.")
+    if other := held_by(name):
+        raise Conflict(f"the unit {unit} keeps a deployment of the project in {other} running; give this project another name in settings.ini, or `mlops undeploy {name}` there.")
     text = unit_text(name)
     write_atomic(file, text, mode=0o600)
     done = answers() and systemctl("daemon-reload") and systemctl("enable", "--now", unit)
@@ -121,8 +131,8 @@ def keep_running(
 
 
 def released(name: str) -> None:
-    "Take the unit of a deployment away, if there is one."
-    if (file := unit_file(name)).exists():
+    "Take the unit of a deployment away, if there is one; that of another project stays."
+    if (file := unit_file(name)).exists() and not held_by(name):
         if answers():
             systemctl("disable", "--now", unit_name(name))
         with disk_faults(file):

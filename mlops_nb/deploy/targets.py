@@ -5,6 +5,7 @@
 # %% ../../nbs/deploy/targets.ipynb #b581f1cb
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from mlops_nb.model.registry import Model
 
 # %% auto #0
-__all__ = ['TARGETS', 'LATER', 'ABILITIES', 'KEPT', 'Wanted', 'Change', 'Target', 'plan_report', 'target_named', 'require_able',
-           'folder_of', 'artifacts_of', 'record_of', 'state_of', 'as_it_is', 'states', 'recorded', 'write_record']
+__all__ = ['TARGETS', 'LATER', 'ABILITIES', 'KEPT', 'Wanted', 'Change', 'Target', 'plan_report', 'target_named', 'whole',
+           'require_able', 'folder_of', 'artifacts_of', 'record_of', 'state_of', 'as_it_is', 'states', 'recorded',
+           'write_record']
 
 # %% ../../nbs/deploy/targets.ipynb #046e8dca
 @dataclass(frozen=True)
@@ -122,11 +124,22 @@ def target_named(
     if to in LATER:
         raise Unavailable(f"deploying to {to} does not exist yet; choose {', '.join(TARGETS)}, or build an image with mlops_nb.deploy.context.build_context: it speaks the clouds' contracts already.")
     if to not in TARGETS:
-        raise Invalid(f"{to!r} is no target; expected {', '.join([*TARGETS, *sections])}, or a section [deploy.{to}] in settings.ini.")
+        raise Invalid(f"{to!r} is no target, and settings.ini has no section [deploy.{to}]; {known(to, [*TARGETS, *sections])}")
     module = import_module(f"mlops_nb.deploy.{TARGETS[to]}")
     return module.TARGETS[to] if hasattr(module, "TARGETS") else module.TARGET
 
 # %% ../../nbs/deploy/targets.ipynb #5138051a
+def whole(
+    value: object,  # what was given
+    what: str,  # what it is for, such as "port"
+) -> int:
+    "A whole number; `Invalid` when something else was given."
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise Invalid(f"{what} is {value!r}; expected a whole number.") from None
+
+
 ABILITIES = {
     "traffic": ("split traffic between versions", "deploy the second version under a name of its own"),
     "shadow": ("copy requests to a shadow version", "deploy the shadow under a name of its own and send it the prediction log"),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['LOG', 'trusted_in', 'models_of', 'doors', 'rate_in', 'bounds', 'variables_of', 'remembering', 'remembered',
-           'order_of', 'cores', 'workers_of', 'main']
+           'order_of', 'cores', 'affordable', 'workers_of', 'main']
 
 # %% ../../nbs/serve/image.ipynb #89233e00
 LOG = logging.getLogger("mlops_nb.serve")
@@ -177,6 +177,16 @@ def cores() -> int:
         return max(1, min(count, round(int(quota) / int(period))))
     except (OSError, ValueError):  # no quota, or no cgroup 2
         return count
+
+
+def affordable(
+    workers: int,  # processes that are to answer
+    each: int = 4,  # how many a core can use at most
+) -> int:
+    "That number; `Invalid` when this machine's cores cannot use so many: each wants about 200 MB."
+    if workers > (most := each * cores()):
+        raise Invalid(f"{workers} workers are more than {cores()} core{'s' if cores() > 1 else ''} can use; expected at most {most}, {each} a core.")
+    return workers
 
 
 def workers_of(platform: Platform, environ: Mapping[str, str]) -> int:
