@@ -13,8 +13,9 @@ import skops.io
 from models import customers, database, shop  # noqa: F401
 from sklearn.compose import make_column_transformer
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LinearRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 
@@ -23,6 +24,7 @@ from mlops_nb.core.files import digest_of
 from mlops_nb.core.settings import in_project, init, project
 from mlops_nb.model import registry
 from mlops_nb.serve.bundle import ABOUT, MODEL, bundles_in, installed, load_bundle, read_bundle, vouched, write_bundle
+from mlops_nb.serve.sources import BundleSource, tried
 
 
 def forest():
@@ -73,6 +75,17 @@ def test_text_columns_gaps_and_names(shop):  # noqa: F811
     bundled = write_bundle(registry.register(estimator, "text", example=frame.head(4)), shop / "text")
     np.testing.assert_array_equal(load_bundle(bundled.folder).predict(frame), estimator.predict(frame))
     assert {one.name: one.kind for one in bundled.columns} == {"value": "number", "pieces": "number", "country": "string", "channel": "string"}
+
+
+@pytest.mark.parametrize("with_example", [True, False])
+def test_a_model_of_text_is_a_bundle_that_is_asked_with_texts(shop, with_example):  # noqa: F811
+    texts, mood = ["late again", "well packed", "broken on arrival", "lovely colours"], [0, 1, 0, 1]
+    estimator = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(texts, mood)
+    bundled = write_bundle(registry.register(estimator, "mood", example=texts if with_example else None), shop / "mood")
+    assert [(one.name, one.kind, one.form) for one in bundled.columns] == [("text", "string", "series")]
+    source = BundleSource(bundled.folder)
+    said = tried(version := source.resolve("mood", "1"), source.load(version))
+    assert said == mood if with_example else len(said) == 1
 
 
 def test_a_version_of_another_project_is_taken_when_it_is_harmless(made, shop, tmp_path):  # noqa: F811

@@ -602,3 +602,35 @@ def test_a_plan_on_a_disk_that_is_only_read_does_not_stop_the_server(tmp_path):
     (tmp_path / "a file").write_text("not a folder")
     endpoint.remember()
     assert endpoint.good == {"shelf@3": "3"}
+
+
+# ---------------------------------------------------------------- keys
+
+def test_a_key_that_is_no_column_is_said_and_still_counts(caplog):
+    "A customer's number is often no input of a model; a client sends it beside them, or as a header."
+    async def test():
+        shop = Shop(ModelPlan("m", {"champion": 50, "1": 50}, key="customer"), shelf=Shelf(champion=2))
+        assert "m has no column 'customer' (n, who), so only requests that hold it beside them" in caplog.text
+        got = [(await shop.endpoint.predict(from_records([{"n": 1, "who": "a", "customer": i % 8}], "records", {}), request=str(i))).model for i in range(80)]
+        assert len(set(got)) == 2 and got == got[:8] * 10
+        assert [(await shop.ask(key=str(i % 8), request=str(i))).model for i in range(80)] == got
+        told = caplog.text.count("no column")
+        shop.endpoint.follow()
+        assert caplog.text.count("no column") == told
+        shop.set(ModelPlan("m", {"champion": 50, "1": 50}, key="who"))
+        shop.endpoint.follow()
+        assert caplog.text.count("no column") == told
+    run(test())
+
+
+def test_a_model_of_text_that_was_recorded_otherwise_stays_loaded():
+    "Its one column is made up when it is loaded; a look later nothing has changed."
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    endpoint = endpoint_of(make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(["late", "fine"], [0, 1]), [])
+    served = endpoint.served()
+    endpoint.seen = ()
+    endpoint.follow()
+    assert endpoint.served() is served and served.columns == columns_of([{"name": "text", "type": "string", "form": "series"}])

@@ -1,21 +1,27 @@
 """The rows of a request against a model's columns: held against a slow reference, whatever the form, the order and the number of rows."""
 
 import asyncio
+import json
 import math
 import random
+import struct
+from contextlib import suppress
 from datetime import datetime
 
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.linear_model import LinearRegression
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 from starlette.testclient import TestClient
 
 from mlops_nb.core.errors import Invalid
+from mlops_nb.deploy.client import bodies
 from mlops_nb.serve.inputs import Column, Inputs, columns_of, taken, takes_of
-from mlops_nb.serve.protocol import Table, TooLarge, from_records, named, parse_csv
+from mlops_nb.serve.protocol import Malformed, Table, TooLarge, from_records, named, parse_csv, plain_records
 from serving import TOKEN, asking_app, endpoint_of
 
 TYPES = ["long", "double", "string", "boolean", "datetime", "binary"]
@@ -252,3 +258,115 @@ def test_names_are_any_text():
     row = {column.name: float(i) for i, column in enumerate(columns)}
     assert inputs.rows(from_records([row], "records", {})) == [(0.0, 1.0, 2.0, 3.0)]
     assert list(inputs.frame([(0.0, 1.0, 2.0, 3.0)])) == [column.name for column in columns]
+
+
+# ---------------------------------------------------------------- text and categories
+
+TEXTS = ["late again", "well packed", "broken on arrival", "lovely colours"]
+MOOD = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(TEXTS * 5, ["bad", "good", "bad", "good"] * 5)
+
+
+def binary_texts(texts):
+    "The body of Open Inference with bytes behind its JSON, and the length of that."
+    raw = b"".join(struct.pack("<I", len(one)) + one.encode() for one in texts)
+    head = json.dumps({"inputs": [{"name": "text", "datatype": "BYTES", "shape": [len(texts), 1], "parameters": {"binary_data_size": len(raw)}}]}).encode()
+    return head + raw, {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
+
+
+@pytest.mark.parametrize("inputs", [[{"name": "text", "type": "string", "required": True, "form": "series"}], [{"type": "string"}], []], ids=["recorded", "by an earlier version", "not at all"])
+def test_each_text_gets_its_own_answer_on_every_protocol(inputs):
+    "What was recorded before models of text were known, or nothing, is enough: the model says what it is."
+    asking, right = TestClient(asking_app(MOOD, inputs), headers={"Authorization": f"Bearer {TOKEN}"}), ["bad", "good", "bad", "good"]
+    records = [{"text": one} for one in TEXTS]
+    for body in ({"inputs": TEXTS}, {"instances": TEXTS}, {"instances": [[one] for one in TEXTS]}, {"inputs": {"text": TEXTS}}, {"dataframe_records": records},
+                 {"dataframe_split": {"columns": ["text"], "data": [[one] for one in TEXTS]}}):
+        assert asking.post("/invocations", json=body).json() == {"predictions": right}, body
+    assert asking.post("/invocations", content="text\n" + "\n".join(TEXTS), headers={"Content-Type": "text/csv"}).json() == {"predictions": right}
+    assert [one["prediction"] for one in asking.post("/predict", json=records).json()["records"]] == right
+    for i, text in enumerate(TEXTS):
+        assert asking.post("/predict", json=[{"text": text}]).json()["records"] == [{"prediction": right[i]}]
+    for name in ("text", "input-0"):
+        body = {"inputs": [{"name": name, "datatype": "BYTES", "shape": [4], "data": TEXTS}]}
+        assert asking.post("/v2/models/shelf/infer", json=body).json()["outputs"][0]["data"] == right
+    body, headers = binary_texts(TEXTS)
+    assert asking.post("/v2/models/shelf/infer", content=body, headers=headers).json()["outputs"][0]["data"] == right
+
+
+def test_a_text_that_is_none_is_named():
+    asking = TestClient(asking_app(MOOD, [{"name": "text", "type": "string", "form": "series"}]), headers={"Authorization": f"Bearer {TOKEN}"})
+    for value, status, words in ((5, 422, "row 1, column 'text': expected a string, got an integer"), (None, 422, "the model cannot predict these rows"), ([], 422, "row 1")):
+        got = asking.post("/predict", json=[{"text": "late"}, {"text": value}])
+        assert (got.status_code, words in got.json()["error"]) == (status, True), got.text
+    assert "column 'text'" in asking.post("/predict", json=[{"comment": "late"}]).json()["error"]
+    assert asking.post("/predict?top=2", json=[{"text": "late"}]).json()["records"][0]["top"][0]["class"] == "bad"
+
+
+def library_models():
+    kinds = {"forest": HistGradientBoostingClassifier(categorical_features="from_dtype", min_samples_leaf=5)}
+    with suppress(ImportError):
+        from lightgbm import LGBMClassifier
+
+        kinds["lightgbm"] = LGBMClassifier(n_estimators=15, min_child_samples=5, verbose=-1, n_jobs=1)
+    with suppress(ImportError):
+        from xgboost import XGBClassifier
+
+        kinds["xgboost"] = XGBClassifier(n_estimators=15, enable_categorical=True, n_jobs=1)
+    return kinds
+
+
+@pytest.mark.parametrize("kind", ["forest", "lightgbm", "xgboost"])
+def test_a_category_means_the_same_whatever_rows_come_with_it(kind):
+    "Reference: the model itself, asked with the categories of its training."
+    if kind not in (known := library_models()):
+        pytest.skip(f"{kind} is not installed")
+    rng = np.random.default_rng(5)
+    frame = pd.DataFrame({"kind": pd.Categorical(rng.choice(["a", "b", "z", None], 200)), "size": pd.Categorical(rng.integers(1, 5, 200)), "n": rng.random(200)})
+    target = ((frame["kind"] == "z") ^ (frame["size"].astype(int) > 2)).astype(int)
+    model = known[kind].fit(frame, target)
+    inputs = Inputs(columns_of([{"name": "kind", "type": "string", "form": "category", "categories": ["a", "b", "z"]}, {"name": "size", "type": "long", "form": "category", "categories": [1, 2, 3, 4]}, {"name": "n", "type": "double"}]))
+    rows = [tuple(None if value != value else value for value in row) for row in frame.astype(object).itertuples(index=False, name=None)]
+    right = model.predict_proba(frame)
+    assert np.ptp(right[:, 0]) > 0.5
+    for some in (slice(0, 1), slice(3, 4), slice(10, 13), slice(0, 200), slice(7, 8)):
+        checked = inputs.rows(Table(None, [list(row) for row in rows[some]], {}))
+        np.testing.assert_array_equal(model.predict_proba(inputs.frame(checked)), right[some])
+    missing = next(i for i, row in enumerate(rows) if row[0] is None)
+    np.testing.assert_array_equal(model.predict_proba(inputs.frame([rows[missing]])), right[[missing]])
+    unknown = inputs.frame([("q", 1, 0.5), ("a", 1, 0.5)])
+    assert unknown["kind"].cat.categories.tolist() == ["a", "b", "z", "q"], "it is the model that says what an unknown one means"
+
+
+# ---------------------------------------------------------------- hints
+
+def test_a_wish_for_probabilities_is_shown_the_way():
+    for params in ({"method": "predict_proba"}, {"predict_proba": True}):
+        with pytest.raises(Invalid, match="takes no param .* ask /predict.top=3"):
+            taken({"k": 10}, params)
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    (b'{"a": 1}', "send a list: .{…}."), (b'{"instances": [{"a": 1}]}', "that form goes to /invocations"), (b'{"inputs": ["late"]}', "'inputs': that form goes to /invocations"),
+    (b'["late"]', "go to /invocations as instances"), (b'{"records": [{"a": 1}], "extra": 1}', "has the key 'extra'"), (b'{"records": {"a": 1}}', "one object a row")])
+def test_another_form_is_shown_the_way(body, words):
+    with pytest.raises(Malformed, match=words):
+        plain_records(body)
+
+
+@pytest.mark.parametrize("route, says", [("/", "</html>"), ("/openapi.json", '"text"'), ("/v2/models/shelf", '"BYTES"'), ("/version", "shelf@3")])
+def test_a_text_model_can_be_looked_at(route, says):
+    answer = text_model().get(route)
+    assert answer.status_code == 200 and says in answer.text
+
+
+def test_a_text_model_answers_each_text_and_says_why_it_cannot_explain():
+    asking, texts = text_model(), ["late again", "well packed", "broken on arrival"]
+    for body in bodies(pd.Series(texts)) + bodies(texts) + bodies(pd.DataFrame({"text": texts})):
+        assert asking.post("/invocations", content=body, headers={"Content-Type": "application/json"}).json() == {"predictions": ["bad", "good", "bad"]}
+    refused = asking.post("/predict?explain=true", json=[{"text": "late"}])
+    assert refused.status_code == 422 and "reads texts and no columns" in refused.json()["error"]
+
+
+def text_model():
+    texts = ["late again", "well packed", "broken on arrival", "lovely colours"]
+    model = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(texts * 5, ["bad", "good"] * 10)
+    return TestClient(asking_app(model, [{"name": "text", "type": "string", "form": "series"}]), headers={"Authorization": f"Bearer {TOKEN}"})

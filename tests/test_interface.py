@@ -124,6 +124,7 @@ def test_pairs_reach_their_verb(monkeypatch):
     (["run", "-p", "x"], "'x' is not KEY=VALUE"),
     (["run", "x", "-p"], "argument --params/-p: expected one argument"),
     (["traffic", "shop"], "the following arguments are required: KEY=VALUE"),
+    (["traffic", "shop", "champion=50", "champion=50"], "split names 'champion' twice"),
     (["serve", "m", "--port", "high"], "'high' is not a whole number"),
     (["--projekt", "x", "status"], "unknown option '--projekt'"),
     (["--project"], "--project needs a folder"),

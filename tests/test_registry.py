@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from patience import until
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.cluster import KMeans
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
 from sklearn.ensemble import (ExtraTreesRegressor, GradientBoostingClassifier, HistGradientBoostingClassifier, HistGradientBoostingRegressor, IsolationForest,
                               RandomForestClassifier, StackingRegressor, VotingClassifier)
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.feature_selection import SelectKBest
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, WhiteKernel
@@ -358,10 +360,9 @@ os.replace = lambda new, file: time.sleep(600) if str(new).endswith("mlflow.db.n
 def test_a_killed_first_run_leaves_nothing_in_the_way(empty):
     process = subprocess.Popen([sys.executable, "-c", NEVER_DONE + TRAIN], cwd=empty, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     half = empty / ".mlops" / "mlflow.db.new"
-    while process.poll() is None and not (half.exists() and half.stat().st_size > 50_000):
-        time.sleep(0.01)
+    until(lambda: half.exists() and half.stat().st_size > 50_000, process=process)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.wait(120)
     assert half.exists() and not (empty / ".mlops" / "mlflow.db").exists(), "killed in the middle of the migrations"
     done = run_python(TRAIN, folder=empty)
     assert done.returncode == 0 and done.stdout.strip() == "1", done.stderr
@@ -492,3 +493,35 @@ def test_the_example_rows_are_kept_as_a_server_is_asked(shop):
     rows = pd.DataFrame({"units": [1.0, 2.0, 3.0, 4.0], "since": [1, 2, 3, 4]})
     registered = register(LogisticRegression().fit(rows, [0, 0, 1, 1]), "small", example=rows)
     assert model("small").example == registered.example == {"columns": ["units", "since"], "data": [[1.0, 1], [2.0, 2], [3.0, 3], [4.0, 4]]}
+
+
+TEXTS = pd.Series(["late again", "well packed", "broken on arrival", "lovely colours"] * 6, name="comment")
+
+
+@pytest.mark.parametrize(("example", "name"), [(TEXTS, "comment"), (TEXTS.head(1), "comment"), (list(TEXTS), "text"), (TEXTS.to_numpy(), "text"), (None, "text")])
+def test_a_model_of_text_is_registered_whole(shop, example, name):
+    import mlflow
+
+    estimator = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(TEXTS, [0, 1, 0, 1] * 6)
+    made = register(estimator, "mood", example=example)
+    assert model("mood").inputs == made.inputs == ({"name": name, "type": "string", "required": True, "form": "series"},)
+    assert made.example == ({} if example is None else {"columns": [name], "data": [[one] for one in TEXTS[:min(5, len(example))]]})
+    np.testing.assert_array_equal(load_model("mood").predict(TEXTS), estimator.predict(TEXTS))
+    np.testing.assert_array_equal(mlflow.pyfunc.load_model(made.source).predict(list(TEXTS)), estimator.predict(TEXTS))
+
+
+@pytest.mark.parametrize("example", [TEXTS.to_frame(), TEXTS.to_frame().head(1), []])
+def test_an_example_that_is_refused_leaves_nothing_behind(shop, example):
+    estimator = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(TEXTS, [0, 1, 0, 1] * 6)
+    with pytest.raises(Invalid):
+        register(estimator, "mood", example=example)
+    with tracking() as client:
+        experiments = [one.experiment_id for one in client.search_experiments()]
+        assert summary() == [] and client.search_runs(experiments) == []
+
+
+def test_a_category_column_is_recorded_as_one(shop):
+    frame = pd.DataFrame({"kind": pd.Categorical(["a", "b", "c"] * 20), "size": pd.Categorical([1, 2] * 30), "n": np.arange(60.0)})
+    made = register(HistGradientBoostingClassifier(categorical_features="from_dtype").fit(frame, frame["kind"] == "b"), "kinds", example=frame.head(1))
+    assert [(one["name"], one["type"], one.get("form", ""), one.get("categories")) for one in made.inputs] == [
+        ("kind", "string", "category", ["a", "b", "c"]), ("size", "long", "category", [1, 2]), ("n", "double", "", None)]

@@ -295,7 +295,7 @@ def test_a_clumsy_address_or_header_is_answered_with_a_sentence(method, path, he
 
 def test_one_row_without_its_list_is_told_what_is_missing():
     got = client().post("/predict", json=ROW)
-    assert got.status_code == 400 and "the key 'country'; expected a list of rows" in got.json()["error"]
+    assert got.status_code == 400 and "the body is one object; send a list: [{…}]" in got.json()["error"]
 
 
 class Versions(Shelf):

@@ -7,19 +7,21 @@ import pickle
 import zipfile
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import skops.io
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.feature_extraction.text import CountVectorizer, HashingVectorizer, TfidfVectorizer
 from sklearn.feature_selection import SelectKBest, f_classif
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import get_scorer, get_scorer_names
-from sklearn.model_selection import RandomizedSearchCV
-from sklearn.pipeline import make_pipeline
+from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
+from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer
 
 from mlops_nb.core.errors import Invalid, Untrusted
-from mlops_nb.model.trust import FORGEABLE, REVIEWED, SEARCHED, model_bytes, model_from, reviewed, types_in
+from mlops_nb.model.trust import FORGEABLE, REVIEWED, SEARCHED, as_asked, keep_promise, model_bytes, model_from, reviewed, takes_text, types_in
 
 X, y = np.random.default_rng(0).random((60, 3)), np.arange(60) % 2
 
@@ -157,3 +159,73 @@ def test_what_skops_cannot_write_says_why():
     model.history = (row for row in [1])
     with pytest.raises(Invalid, match="this LogisticRegression cannot be written"):
         model_bytes(model)
+
+
+# ---------------------------------------------------------------- what a model says of its example
+
+@pytest.mark.parametrize(("estimator", "expected"), [
+    (make_pipeline(TfidfVectorizer(), LogisticRegression()), True), (make_pipeline("passthrough", HashingVectorizer(), LogisticRegression()), True),
+    (make_pipeline(make_union(CountVectorizer(), TfidfVectorizer()), LogisticRegression()), True), (GridSearchCV(make_pipeline(TfidfVectorizer(), LogisticRegression()), {}), True),
+    (LogisticRegression(), False), (RandomForestClassifier(), False), (make_pipeline(FunctionTransformer(), LogisticRegression()), False), (object(), False)])
+def test_a_model_of_text_is_known_by_how_it_begins(estimator, expected):
+    assert takes_text(estimator) is expected
+
+
+@pytest.mark.parametrize("example", [["late", "fine"], ("late", "fine"), np.array(["late", "fine"]), np.array(["late", "fine"], dtype=object), pd.Series(["late", "fine"], index=[7, 7]), pd.Series(["late", "fine"], dtype="category")], ids=lambda one: type(one).__name__)
+def test_single_values_become_a_named_series(example):
+    pd.testing.assert_series_equal(as_asked(example), pd.Series(["late", "fine"], name="text"))
+
+
+def test_what_has_columns_stays_as_it_is():
+    for example in (X, pd.DataFrame(X), X.tolist(), [], None):
+        assert as_asked(example) is example
+    assert as_asked(pd.Series([1.5, 2], name="weight")).name == "weight" and as_asked([1.5, 2]).name == "value"
+
+
+class Lumps:
+    """One answer, however many rows."""
+
+    def predict(self, rows):
+        return [1]
+
+
+def promised(estimator, example):
+    with pytest.raises(Invalid) as refused:
+        keep_promise(estimator, b"", [], example)
+    said = str(refused.value)
+    assert "\n" not in said and said.endswith(".") and len(said) < 400
+    return said
+
+
+def test_answers_that_are_not_one_a_row_are_refused():
+    assert "gives 1 predictions for the 3 rows" in promised(Lumps(), pd.DataFrame(X[:3]))
+    assert "gives 1 predictions for the 2 rows" in promised(Lumps(), ["a", "b"])
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_frame_is_no_example_for_a_model_of_text(rows):
+    "One row is the worst: its one answer looks right and is that about the column's name."
+    texts = pd.DataFrame({"text": ["late again", "well packed"] * 5})
+    assert 'such as example=frame["text"]' in promised(make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(texts["text"], [0, 1] * 5), texts.head(rows))
+
+
+def test_a_wrong_example_is_refused_in_one_sentence():
+    model = LogisticRegression().fit(pd.DataFrame(X, columns=["a", "b", "c"]), y)
+    assert "it lacks 'a', 'c'" in promised(model, pd.DataFrame({"b": [1.0], "x": [2.0]}))
+    assert "3 features" in promised(model, X[:, :2]) and "NaN" in promised(model, X * np.nan) and "not fitted" in promised(LogisticRegression(), X)
+    many = pd.DataFrame(np.random.default_rng(0).random((9, 40)), columns=[f"a rather long name {i}" for i in range(40)])
+    assert "and more" in promised(LogisticRegression().fit(many, [0, 1, 0, 1, 0, 1, 0, 1, 0]), many.iloc[:, :3])
+
+
+class Ordered:
+    """Looks at the order of a category, which JSON does not carry; so does LightGBM."""
+
+    def predict(self, rows):
+        return rows["kind"].cat.codes.to_numpy() * (1 + rows["kind"].cat.ordered)
+
+
+def test_a_model_that_needs_more_than_plain_categories_is_refused(monkeypatch):
+    monkeypatch.setattr("mlops_nb.model.trust.model_from", lambda data, types: Ordered())
+    for kinds in (pd.Categorical(["b", "c"], ["a", "b", "c"], ordered=True), pd.Categorical(pd.to_datetime(["2011-11-09", "2011-11-10"]))):
+        assert "needs more of 'kind' than plain categories" in promised(Ordered(), pd.DataFrame({"kind": kinds}))
+    assert list(keep_promise(Ordered(), b"", [], pd.DataFrame({"kind": pd.Categorical(["b", "c"], ["a", "b", "c"])}))) == [1, 2]

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,10 +15,13 @@ from types import SimpleNamespace
 import httpx
 import psutil
 import pytest
+from patience import next_line
 
+from mlops_nb.core.errors import Invalid
 from mlops_nb.core.files import digest_of
 from mlops_nb.deploy.engine import free_port
 from mlops_nb.serve.access import add_token, rotate_token
+from mlops_nb.serve.image import affordable
 from mlops_nb.serve.plan import ModelPlan, Plan, planned, read_plan, split, write_plan
 from mlops_nb.serve.workers import Pool, Worker
 
@@ -103,7 +105,7 @@ def started(command, folder, env=None):
         for child in children:
             if child.is_running():
                 child.kill()
-        process.communicate()
+        process.communicate(timeout=120)
 
 
 @contextmanager
@@ -116,7 +118,7 @@ def pool(folder, *, workers=2, plan=None, **more):
     order = {"source": "program:Alias", "folder": str(folder), "plan": str(folder / "plan.json"), "token_digests": [digest_of(TOKEN.encode())], "workers": workers, "metrics": str(folder / "metrics"),
              "polite_s": 0.1, "patience_s": 20, **more}
     with started([sys.executable, str(folder / "program.py"), json.dumps(order)], folder) as (process, family):
-        said = process.stdout.readline()
+        said = next_line(process)
         assert said, (folder / "log").read_text()
         yield SimpleNamespace(folder=folder, process=process, family=family, url=f"http{'s' * ('tls' in more)}://127.0.0.1:{int(said)}", plan=folder / "plan.json", log=folder / "log")
 
@@ -310,6 +312,22 @@ def test_a_parent_without_means_to_fork_tries_again(monkeypatch):
     assert made.due and made.due[0][0] > time.monotonic() and made.due[0][1] == 0
 
 
+def test_the_number_of_workers_has_a_bound(monkeypatch):
+    monkeypatch.setattr("mlops_nb.serve.image.cores", lambda: 2)
+    assert [affordable(count) for count in (0, 1, 2, 8)] == [2, 1, 2, 8]
+    for count in (-1, 9, 500):
+        with pytest.raises(Invalid, match=f"workers is {count}; expected 1 to 8 on this machine, which is 4 a core, or 0 for one a core"):
+            affordable(count)
+
+
+def test_a_worker_that_is_replaced_says_why_once(caplog):
+    made = Pool({}, 1)
+    made.held[0] = dead_worker(ready=True)
+    made.held[0].error = "there is no line@champion."
+    made.heard(made.held[0])
+    assert [one.getMessage() for one in caplog.records] == ["worker 0 ended (there is no line@champion); another starts at once"] and made.due
+
+
 # ---------------------------------------------------------------- the command
 
 @pytest.fixture(scope="module")
@@ -366,3 +384,10 @@ def test_the_command_serves_a_bundle(registered):
         assert round(ask(url, body=[{"x": 3}]).json()["records"][0]["prediction"]) == 3
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0 and "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize(("arguments", "words"), [(["line@nix", "--workers", "2"], "model 'line' has no 'nix'"), (["line@champion", "--workers", "500"], "workers is 500")])
+def test_what_cannot_be_served_is_said_once(registered, arguments, words):
+    done = subprocess.run([sys.executable, "-m", "mlops_nb", "serve", *arguments, "--port", "0"], cwd=registered, env={**os.environ, "MLOPS_TOKEN": TOKEN}, capture_output=True, text=True, timeout=300)
+    said = done.stdout + done.stderr
+    assert done.returncode and len(said.strip().splitlines()) == 1 and words in said, said

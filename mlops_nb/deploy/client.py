@@ -89,10 +89,9 @@ def bodies(
     extra = {"params": params} if params else {}
     if not hasattr(rows, "__iter__") or isinstance(rows, (str, bytes)):
         raise Invalid(f"{rows!r} is no rows; expected a frame, a record such as {{'pieces': 2}}, or a list of records or lists.")
-    if hasattr(rows, "iloc"):
-        frame = rows.to_frame() if not hasattr(rows, "columns") else rows
-        return [encoded({"dataframe_split": {key: value for key, value in frame.iloc[i:i + at_once].to_dict("split").items() if key != "index"}, **extra})
-                for i in range(0, len(frame), at_once)]
+    if hasattr(rows, "columns"):
+        return [encoded({"dataframe_split": {key: value for key, value in rows.iloc[i:i + at_once].to_dict("split").items() if key != "index"}, **extra})
+                for i in range(0, len(rows), at_once)]
     rows = [rows] if isinstance(rows, Mapping) else rows.tolist() if hasattr(rows, "tolist") else list(rows)
     return [encoded({"instances": rows[i:i + at_once], **extra}) for i in range(0, len(rows), at_once)]
 

@@ -27,7 +27,7 @@ from ..core.step import note
 from ..data.lineage import used
 from .backend import add_version, database_of, downloaded, packaged, tracking, tracking_uri
 from .tracking import Run, provenance, recalled, track, trained_on
-from .trust import keep_promise, model_bytes, model_from, reviewed, types_in
+from .trust import as_asked, keep_promise, model_bytes, model_from, reviewed, types_in, with_forms
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -252,7 +252,8 @@ def rows_as_json(example: object) -> dict:
     "A few example rows as a server is asked for them: what a deployment is tried with before it is let in."
     if not hasattr(example, "to_json"):
         return {}
-    split = json.loads(example.head(5).to_json(orient="split", date_format="iso", index=False))
+    frame = example.head(5) if hasattr(example, "columns") else example.head(5).to_frame()
+    split = json.loads(frame.to_json(orient="split", date_format="iso", index=False))
     return {"columns": split["columns"], "data": split["data"]}
 
 # %% ../../nbs/model/registry.ipynb #4fae672e
@@ -263,7 +264,7 @@ def register(
     params: dict[str, str] | None = None,  # how it was trained
     metrics: dict[str, str] | None = None,  # how well it does: numbers
     data: list[str] | None = None,  # addresses of the data sets it was trained on; left out: what its run loaded
-    example: pd.DataFrame | None = None,  # a few rows as they will be asked about
+    example: pd.DataFrame | pd.Series | list | None = None,  # a few rows as they will be asked about; for a model of text, strings
     alias: str = "challenger",  # the alias it gets; empty for none
     run: Run | str | None = None,  # the run it came from; a new one when left out
     trust: list[str] | None = None,  # full names of types that you answer for
@@ -272,13 +273,14 @@ def register(
     name, alias, place = bare_name(name, "model name"), alias and checked_alias(alias), project()
     estimator = fitted(model, trust)
     content, types = model_bytes(estimator, trust=trust)
-    said = None if example is None else keep_promise(estimator, content, types, example)
+    rows = as_asked(example)
+    said, asked = None if rows is None else keep_promise(estimator, content, types, rows), rows_as_json(rows)
     run = as_run(run, name, params, metrics, data)
     learned = trained_on(run)
-    source, file, inputs = stored(place, run, name, content, trusted=types, predicts=hasattr(estimator, "predict"), example=example, said=said)
+    source, file, inputs = stored(place, run, name, content, trusted=types, predicts=hasattr(estimator, "predict"), example=None if getattr(rows, "ndim", 0) == 1 else rows, said=said)
     tags = provenance(place)
     record = {"name": name, "digest": digest_of(content), "kind": kind_of(estimator), "run": run.id, "file": file,
-              "data": list(learned), "data_digests": learned, "params": run.params, "metrics": run.metrics, "inputs": inputs, "example": rows_as_json(example), "trusted": types, "created_at": timestamp(),
+              "data": list(learned), "data_digests": learned, "params": run.params, "metrics": run.metrics, "inputs": with_forms(inputs, estimator, rows), "example": asked, "trusted": types, "created_at": timestamp(),
               "by": tags.get("mlflow.user", ""), "commit": tags.get("mlflow.source.git.commit", "")}
     with changing(place):
         version = add_version(name, source, run.id, {"mlops.digest": record["digest"], "mlops.kind": record["kind"], "mlops.data": ", ".join(learned),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 from collections.abc import Iterable
 from functools import cache
@@ -13,7 +14,8 @@ from functools import cache
 from ..core.errors import Invalid, Untrusted
 
 # %% auto #0
-__all__ = ['REVIEWED', 'SEARCHED', 'METRICS', 'FORGEABLE', 'reviewed', 'types_in', 'refuse', 'model_from', 'model_bytes', 'same',
+__all__ = ['REVIEWED', 'SEARCHED', 'METRICS', 'FORGEABLE', 'reviewed', 'types_in', 'refuse', 'model_from', 'model_bytes',
+           'takes_text', 'as_asked', 'with_forms', 'same', 'count_of', 'categories_in', 'from_json', 'unable',
            'keep_promise']
 
 # %% ../../nbs/model/trust.ipynb #549eb08c
@@ -144,6 +146,39 @@ def model_bytes(
     return data, types
 
 # %% ../../nbs/model/trust.ipynb #008c5468
+def takes_text(estimator: object) -> bool:
+    "Whether a model begins with one of scikit-learn's readers of text, which take single strings and no columns."
+    while estimator is not None and not {"CountVectorizer", "HashingVectorizer"} & {base.__name__ for base in type(estimator).__mro__}:
+        inside = [step for _, step, *_ in (*getattr(estimator, "steps", ()), *(getattr(estimator, "transformer_list", ())))]
+        estimator = next((one for one in (getattr(estimator, "estimator", None), *inside) if one is not None and one != "passthrough"), None)
+    return estimator is not None
+
+
+def as_asked(example: object) -> object:
+    "An example in the form in which a server asks: single values as a named Series, and everything else as it is."
+    import numpy as np
+    import pandas as pd
+
+    listed = isinstance(example, (list, tuple)) and example and not any(np.ndim(one) or isinstance(one, dict) for one in example)
+    if not listed and getattr(example, "ndim", 0) != 1:
+        return example
+    values = pd.Series(list(example))
+    name = getattr(example, "name", None) or ("text" if pd.api.types.is_string_dtype(values) else "value")
+    return values.rename(str(name))
+
+
+def with_forms(inputs: list[dict], estimator: object, rows: object) -> list[dict]:
+    "The recorded inputs, and where the frame of a server must differ from plain columns: form is series or category."
+    import pandas as pd
+
+    if isinstance(rows, pd.Series) or rows is None and takes_text(estimator):
+        about = {"type": "string", "name": "text", "required": True} if rows is None else {
+            "type": "string" if pd.api.types.is_string_dtype(rows) else str(rows.dtype), "name": rows.name, "required": not rows.isna().any().item()}
+        return [about | {"form": "series"}]
+    found = categories_in(rows)
+    return [one | ({"form": "category", "categories": found[one["name"]]} if one.get("name") in found else {}) for one in inputs]
+
+# %% ../../nbs/model/trust.ipynb #83004b50
 def same(one: object, other: object) -> bool:
     "Whether two arrays of predictions are equal; missing values are equal to each other."
     import numpy as np
@@ -153,14 +188,50 @@ def same(one: object, other: object) -> bool:
     return one.shape == other.shape and pd.Series(one.ravel()).equals(pd.Series(other.ravel()))
 
 
+def count_of(rows: object) -> int:
+    "How many there are; a sparse matrix has a shape and no length."
+    return rows.shape[0] if getattr(rows, "shape", ()) else len(rows) if hasattr(rows, "__len__") else 1
+
+
+def categories_in(rows: object) -> dict[str, list]:
+    "The category columns of a frame, and their categories as JSON holds them."
+    there = [name for name, dtype in rows.dtypes.items() if str(dtype) == "category"] if hasattr(rows, "columns") else []
+    return {name: json.loads(json.dumps(rows[name].cat.categories.tolist(), default=str)) for name in there}
+
+
+def from_json(rows: object) -> object:
+    "The rows with their categories made anew from what was recorded, as a server has to."
+    import pandas as pd
+
+    return rows.assign(**{name: pd.Categorical(rows[name].tolist(), known) for name, known in categories_in(rows).items()})
+
+# %% ../../nbs/model/trust.ipynb #0881717f
+def unable(estimator: object, rows: object, error: Exception) -> Invalid:
+    "Why a model cannot predict its example, in one sentence whatever the library says."
+    absent = [str(name) for name in getattr(estimator, "feature_names_in_", ()) if name not in rows.columns] if hasattr(rows, "columns") else []
+    said = " ".join(str(error).split("\n\n")[0].split())[:200].rstrip(" .:")
+    why = f": it lacks {', '.join(map(repr, absent[:5]))}{' and more' * (len(absent) > 5)}" if absent else f" ({type(error).__name__}: {said})"
+    return Invalid(f"the model cannot predict its own example{why}; give rows like those it will be asked about.")
+
+
 def keep_promise(estimator: object, data: bytes, types: list[str], example: object) -> object:
-    "The predictions on a few example rows; `Invalid` when the saved model would answer differently, or not at all."
+    "The predictions on a few example rows; `Invalid` when the saved model would answer differently, not once a row, or not at all."
     rows = example[:5]
+    if takes_text(estimator) and hasattr(rows, "columns"):
+        raise Invalid("a model of text takes single strings and would read the names of a data frame's columns; give a list or a Series as its example, such as example=frame[\"text\"].")
     try:
         said = estimator.predict(rows)
     except Exception as error:
-        raise Invalid(f"the model cannot predict its own example ({type(error).__name__}: {error}); give rows like those it will be asked about.") from error
-    again = model_from(data, types).predict(rows)
-    if not same(said, again):
+        raise unable(estimator, rows, error) from error
+    if (answers := count_of(said)) != (asked := count_of(rows)):
+        raise Invalid(f"the model gives {answers} predictions for the {asked} rows of its example; expected one a row, so give rows in the form it was trained on, or mend its predict.")
+    saved = model_from(data, types)
+    if not same(said, saved.predict(rows)):
         raise Invalid("the saved model predicts otherwise than the one you gave; check that predict does not depend on chance or on the clock.")
+    try:
+        kept = not (lost := categories_in(rows)) or same(said, saved.predict(from_json(rows)))
+    except Exception:
+        kept = False
+    if not kept:
+        raise Invalid(f"the model needs more of {', '.join(map(repr, lost))} than plain categories (their order, or times); encode these columns in a pipeline, such as with OrdinalEncoder, and train it again.")
     return said

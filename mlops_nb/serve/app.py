@@ -22,7 +22,7 @@ from starlette.routing import Route
 from mlops_nb.core.errors import Unavailable
 from mlops_nb.serve import openinference as v2
 from mlops_nb.serve.door import Call, Desk, Door, Handled, Reply
-from mlops_nb.serve.protocol import Malformed, Table, decoded, encoded, from_records, params_of, parse_csv, parse_json
+from mlops_nb.serve.protocol import Malformed, Table, decoded, encoded, parse_csv, parse_json, plain_records
 
 if TYPE_CHECKING:
     from mlops_nb.serve.endpoint import Answer
@@ -31,23 +31,11 @@ if TYPE_CHECKING:
     from mlops_nb.serve.sagemaker import Held
 
 # %% auto #0
-__all__ = ['CHANGES', 'LOADING_S', 'plain_records', 'asked', 'predict', 'invocations', 'infer', 'health', 'version', 'v2_about',
+__all__ = ['CHANGES', 'LOADING_S', 'asked', 'predict', 'invocations', 'infer', 'health', 'version', 'v2_about',
            'openapi_document', 'metrics', 'page', 'wanted_of', 'replanned', 'admin', 'spoken', 'many', 'facts',
            'platform_routes', 'app']
 
 # %% ../../nbs/serve/app.ipynb #fa4dd84f
-def plain_records(body: bytes) -> Table:
-    "Rows and params of the short form."
-    content = decoded(body)
-    content = content if isinstance(content, dict) else {"records": content}
-    if unknown := sorted(set(content) - {"records", "params"}):
-        raise Malformed(f"the body has the key {unknown[0][:40]!r}; expected a list of rows, or an object with records and perhaps params.")
-    records = content.get("records")
-    if not isinstance(records, list) or not all(isinstance(row, dict) for row in records):
-        raise Malformed("the records are not a list of objects; expected one object a row.")
-    return from_records(records, "records", params_of(content))
-
-
 async def asked(desk: Desk, call: Call, parse: Callable[[bytes], Table], **more: object) -> Answer:
     "The endpoint's answer to the body of a call."
     table = await desk.endpoint.parsed(parse, call.body)

@@ -83,7 +83,7 @@ def checked_tls(
         with_key.load_cert_chain(cert, key, password="")  # without it the terminal could be asked
         facts = shaken(with_key, cert)
     except FileNotFoundError as error:
-        raise Invalid(f"{error.filename or f'{cert} or {key}'} is not there; expected the paths of a certificate and of its key.") from None
+        raise Invalid(f"{error.filename or ' and '.join(str(one) or 'the path that was not given' for one in (cert, key) if not Path(one).is_file())} is not there; expected the paths of a certificate and of its key.") from None
     except OSError as error:  # ssl's errors are of this kind
         raise Invalid(f"{cert} with {key} cannot serve TLS: {next((why for word, why in WHY.items() if word in str(error)), str(error))}; expected a valid certificate for a server and its key, both in PEM form.") from None
     ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(facts["notAfter"]), timezone.utc)

@@ -18,9 +18,11 @@ from pathlib import Path
 
 from mlops_nb.core.errors import Invalid, MlopsError, NotFound, known
 from mlops_nb.core.files import read_json, timestamp, write_json
+from mlops_nb.model.trust import takes_text
 from mlops_nb.serve.batching import Batcher, Late, Queue
 from mlops_nb.serve.canary import Canary
-from mlops_nb.serve.inputs import Column, Inputs, taken, takes_of
+from mlops_nb.serve.evidence import ledger_in
+from mlops_nb.serve.inputs import Column, Inputs, as_text, taken, takes_of
 from mlops_nb.serve.journal import Entry, Journal
 from mlops_nb.serve.plan import ModelPlan, Plan
 from mlops_nb.serve.protocol import Table, TooLarge, answers_of, decoded, encoded
@@ -60,10 +62,11 @@ class Served:
         if not hasattr(estimator, "predict"):
             raise Invalid(f"{version.address} has no predict, so it cannot be served; serve a model that has one.")
         self.about, self.estimator, self.address = version, estimator, version.address
-        self.name, self.version, self.digest, self.columns, self.example = version.name, version.version, version.digest, version.columns, dict(version.example or {})
+        self.name, self.version, self.digest, self.example = version.name, version.version, version.digest, dict(version.example or {})
+        self.columns = as_text(version.columns) if takes_text(estimator) else version.columns
         self.answers = list(answers)
-        self.inputs, self.takes = Inputs(version.columns), takes_of(estimator.predict)
-        known = bool(version.columns) and all(column.kind != "any" for column in version.columns)  # otherwise pandas guesses types, and neighbours would matter
+        self.inputs, self.takes = Inputs(self.columns), takes_of(estimator.predict)
+        known = bool(self.columns) and all(column.kind != "any" for column in self.columns)  # otherwise pandas guesses types, and neighbours would matter
         self.mergeable = known and getattr(estimator, "batching", True)
         self.batcher = Batcher(self.run, queue, batching and self.mergeable, partial(on_batch, version.address))
 
@@ -157,7 +160,8 @@ class Endpoint:
     on_event: Callable[[dict], object] = lambda event: None  # a swap, a refusal
     on_batch: Callable[[str, int], object] = lambda address, rows: None
     back_off: Callable[[str, str, str], object] = lambda model, selector, why: None  # a canary left its band
-    judges: int = 1  # how many workers judge canaries, each by itself
+    judges: int = 1  # how many workers watch canaries
+    ledgers: Path | None = None  # a folder where they judge them together; without one each judges by itself
     memory: Path | None = None  # a file with the version that was good for each selector, for a worker that starts again
     placed: dict[str, Placed] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -283,7 +287,7 @@ def follow(self: Endpoint) -> bool:
     for wanted in plan.models:
         before = next((one for one in old if wanted.model in ("", one.plan.model)), None)
         try:
-            found = self.place(wanted, before)
+            found = self.place(wanted, before, plan.since.get(wanted.model, 0))
         except Exception as error:
             if first:
                 raise
@@ -305,7 +309,7 @@ def follow(self: Endpoint) -> bool:
     return True
 
 # %% ../../nbs/serve/endpoint.ipynb #c2a05229
-def place(self: Endpoint, wanted: ModelPlan, before: Placed | None) -> Placed:
+def place(self: Endpoint, wanted: ModelPlan, before: Placed | None, since: int) -> Placed:
     "A model as the plan wants it, with the versions that are there already and the new ones loaded and tried."
     served: dict[str, Served] = {}
     for selector in {**wanted.traffic, **({wanted.shadow: 0} if wanted.shadow else {})}:
@@ -319,7 +323,7 @@ def place(self: Endpoint, wanted: ModelPlan, before: Placed | None) -> Placed:
             self.refuse(f"{wanted.model}@{selector}", said_of(error))
             served[selector] = held
             continue
-        same = next((one for one in (*(before.served.values() if before else ()), *served.values()) if (one.address, one.digest, one.columns) == (version.address, version.digest, version.columns)), None)
+        same = next((one for one in (*(before.served.values() if before else ()), *served.values()) if (one.address, one.digest, one.about.columns) == (version.address, version.digest, version.columns)), None)
         if same is None and held is not None and selector in before.plan.traffic and not wanted.follow:
             same = held
         if same is None and held is not None and self.denied.get(version.address) == version:
@@ -341,8 +345,12 @@ def place(self: Endpoint, wanted: ModelPlan, before: Placed | None) -> Placed:
         served[selector] = same
     if before and before.plan == wanted and before.served == served:
         return before
+    names = served[wanted.main].inputs.names
+    if wanted.key and names and wanted.key not in names:
+        LOG.warning("%s has no column %r (%s), so only requests that hold it beside them, or as the header x-mlops-key, stay with one version", wanted.model, wanted.key, ", ".join(names[:12]))
     several = sum(share > 0 for share in wanted.traffic.values()) > 1 and bool(wanted.bands)
-    return Placed(wanted, served, Arms(wanted), Canary(wanted, alpha=0.01 / self.judges) if several else None)
+    question = [since, vars(wanted), {selector: [one.address, one.digest] for selector, one in served.items()}]
+    return Placed(wanted, served, Arms(wanted), Canary(wanted, ledger=ledger_in(self.ledgers, wanted.model, question), workers=self.judges) if several else None)
 
 # %% ../../nbs/serve/endpoint.ipynb #0afbe488
 def loaded(self: Endpoint, version: Version, held: Served | None, wanted: ModelPlan, known: str = "") -> Served:

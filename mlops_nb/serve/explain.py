@@ -237,6 +237,7 @@ def label_of(explainer: Explainer, output: int) -> str:
 # %% ../../nbs/serve/explain.ipynb #9f0c705a
 def followed(estimator: object, columns: Iterable[Column] = ()) -> tuple[list, object, list[str], list[int]]:
     "The transformers, the model, the names of the inputs, and which input each feature of the model comes from; `Invalid` when there is no exact explanation."
+    from mlops_nb.model.trust import takes_text
     from mlops_nb.serve.trees import is_tree
 
     steps, final = opened(estimator)
@@ -249,6 +250,8 @@ def followed(estimator: object, columns: Iterable[Column] = ()) -> tuple[list, o
     if numbers > 1 and (booster or not hasattr(final, "classes_")):
         raise Invalid(f"this {type(final).__name__} predicts {numbers} numbers a row; only one at a time can be explained.")
     first, known = steps[0] if steps else final, [column.name for column in columns]
+    if takes_text(first):
+        raise Invalid(f"a {type(first).__name__} reads texts and no columns, so there are none to explain its answers by.")
     names = [str(name) for name in getattr(first, "feature_names_in_", known or range(first.n_features_in_))]
     if first is final and booster and len(known) == len(names):  # LightGBM counts columns, and keeps their names with other signs
         names = known

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mlops_nb.serve.journal import Entry
 
 # %% auto #0
-__all__ = ['LOG', 'trusted_in', 'models_of', 'doors', 'rate_in', 'bounds', 'variables_of', 'remembering', 'remembered',
+__all__ = ['LOG', 'A_CORE', 'trusted_in', 'models_of', 'doors', 'rate_in', 'bounds', 'variables_of', 'remembering', 'remembered',
            'order_of', 'cores', 'affordable', 'workers_of', 'main']
 
 # %% ../../nbs/serve/image.ipynb #89233e00
@@ -179,14 +179,17 @@ def cores() -> int:
         return count
 
 
+A_CORE = 4  # workers; more of them only share the processor, and each wants about 200 MB
+
+
 def affordable(
-    workers: int,  # processes that are to answer
-    each: int = 4,  # how many a core can use at most
+    workers: int,  # processes that are to answer; 0 is one a core
 ) -> int:
-    "That number; `Invalid` when this machine's cores cannot use so many: each wants about 200 MB."
-    if workers > (most := each * cores()):
-        raise Invalid(f"{workers} workers are more than {cores()} core{'s' if cores() > 1 else ''} can use; expected at most {most}, {each} a core.")
-    return workers
+    "How many processes answer; `Invalid` when this machine's cores cannot use so many."
+    most = A_CORE * cores()
+    if not 0 <= workers <= most:
+        raise Invalid(f"workers is {workers:,}; expected 1 to {most} on this machine, which is {A_CORE} a core, or 0 for one a core.")
+    return workers or cores()
 
 
 def workers_of(platform: Platform, environ: Mapping[str, str]) -> int:

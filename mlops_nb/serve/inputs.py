@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Column', 'columns_of', 'fits', 'refusal', 'typed', 'Inputs', 'takes_of', 'taken']
+__all__ = ['Column', 'columns_of', 'as_text', 'fits', 'refusal', 'typed', 'Inputs', 'takes_of', 'taken']
 
 # %% ../../nbs/serve/inputs.ipynb #ec8609ea
 KINDS = {"integer": ("integer", "long", "int", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -38,6 +38,8 @@ class Column:
     kind: str = "any"
     dtype: str = ""
     required: bool = True
+    form: str = ""  # series: the model takes single values, not columns; category: a column of pandas' categories
+    categories: tuple = ()  # those of the training
 
 
 def columns_of(
@@ -53,8 +55,13 @@ def columns_of(
             return ()
         dtype = str(one.get("type") or one.get("dtype") or "").lower()
         kind = "datetime" if dtype.startswith(("datetime", "timestamp")) else KIND_OF.get(dtype, "any")
-        found.append(Column(str(one["name"]), kind, dtype, bool(one.get("required", True))))
+        found.append(Column(str(one["name"]), kind, dtype, bool(one.get("required", True)), str(one.get("form", "")), tuple(one.get("categories", ()))))
     return tuple(found)
+
+
+def as_text(columns: tuple[Column, ...]) -> tuple[Column, ...]:
+    "The one column of a model of text, whatever was recorded of it."
+    return (Column(columns[0].name if len(columns) == 1 else "text", "string", "string", True, "series"),)
 
 # %% ../../nbs/serve/inputs.ipynb #2bd5962f
 GOT = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "an integer", float: "a number", type(None): "null"}
@@ -103,6 +110,9 @@ def typed(
     import pandas as pd
 
     values = list(values)
+    if column.form == "category":
+        there = [value for value in dict.fromkeys([*column.categories, *values]) if value is not None]
+        return pd.Categorical(values, categories=there)  # an unknown one stays, and the model decides
     if column.kind == "string" and values.count(None) == len(values):
         return pd.Series(["", *values]).array[1:]  # as strings are, so that an answer does not depend on the rows beside it
     if column.kind == "number" or column.kind == "integer" and not column.required:
@@ -157,7 +167,7 @@ class Inputs:
         self.names = tuple(column.name for column in self.columns)
         self.ordered = itemgetter(*self.names) if len(self.names) > 1 else lambda row: (row[self.names[0]],)
         self.seen: dict[tuple, tuple[int, ...]] = {}
-        self.numbers = bool(self.columns) and all(column.kind == "number" and column.required for column in self.columns)
+        self.numbers = bool(self.columns) and all(column.kind == "number" and column.required and not column.form for column in self.columns)
         self.gaps = not all(column.required for column in self.columns)
         self.index = None  # pandas' own, made once
 
@@ -188,8 +198,8 @@ class Inputs:
             return tuple(dict.fromkeys(name for row in table.rows for name in row))
         return table.names or tuple(f"x{i}" for i in range(len(table.rows[0])))
 
-    def frame(self, rows: list[tuple], names: tuple[str, ...] = ()) -> pd.DataFrame:
-        "Checked rows as a frame with the model's columns and types; all numbers are one array, which is eight times as fast."
+    def frame(self, rows: list[tuple], names: tuple[str, ...] = ()) -> pd.DataFrame | pd.Series:
+        "Checked rows as a frame with the model's columns and types (all numbers are one array, which is eight times as fast), or as the Series that a model of text takes."
         import numpy as np
         import pandas as pd
 
@@ -199,7 +209,8 @@ class Inputs:
             if self.index is None:
                 self.index = pd.Index(self.names, dtype=object)
             return pd.DataFrame(np.array(rows, dtype=np.float64), columns=self.index, copy=False)
-        return pd.DataFrame({column.name: typed(values, column) for column, values in zip(self.columns, zip(*rows))})
+        columns = {column.name: typed(values, column) for column, values in zip(self.columns, zip(*rows))}
+        return pd.Series(columns[self.names[0]], name=self.names[0]) if self.columns[0].form == "series" else pd.DataFrame(columns)
 
 # %% ../../nbs/serve/inputs.ipynb #5d3a0707
 def check(self: Inputs, i: int, row: tuple) -> None:
@@ -235,7 +246,8 @@ def taken(
     found = {}
     for name, value in params.items():
         if name not in takes:
-            raise Invalid(f"the model takes no param {name[:40]!r}; {known(name[:40], takes)}")
+            hint = "for the probabilities of classes ask /predict?top=3." if "proba" in f"{name} {value}" else known(name[:40], takes)
+            raise Invalid(f"the model takes no param {name[:40]!r}; {hint}")
         expected = type(takes[name])
         if expected is int and type(value) is float and value.is_integer():
             value = int(value)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['FORMS', 'Malformed', 'TooLarge', 'Unsupported', 'Table', 'from_records', 'named', 'from_split', 'from_inputs',
-           'parse_json', 'decoded', 'params_of', 'parse_csv', 'answers_of', 'plain_value', 'encoded']
+           'parse_json', 'plain_records', 'decoded', 'params_of', 'parse_csv', 'answers_of', 'plain_value', 'encoded']
 
 # %% ../../nbs/serve/protocol.ipynb #10babedb
 class Malformed(Invalid):
@@ -104,6 +104,22 @@ def parse_json(
     if unknown := sorted(set(content) - {*FORMS, "params"}):
         raise Malformed(f"the body has the key {unknown[0][:40]!r}; expected only {forms[0]} and params.")
     return FORMS[forms[0]](content[forms[0]], forms[0], params_of(content))
+
+
+def plain_records(body: bytes) -> Table:
+    "Rows and params of the short form, which is a list of objects; `Malformed` says where another form goes."
+    content = decoded(body)
+    content = content if isinstance(content, dict) else {"records": content}
+    if form := next((key for key in FORMS if key in content), ""):
+        raise Malformed(f"the body has the key {form!r}: that form goes to /invocations; send a list of objects here, one a row, such as [{{…}}].")
+    if "records" not in content:
+        raise Malformed("the body is one object; send a list: [{…}], or an object with records and perhaps params.")
+    if unknown := sorted(set(content) - {"records", "params"}):
+        raise Malformed(f"the body has the key {unknown[0][:40]!r}; expected a list of rows, or an object with records and perhaps params.")
+    records = content["records"]
+    if not isinstance(records, list) or not all(isinstance(row, dict) for row in records):
+        raise Malformed("the records are not a list of objects; expected one object a row, such as [{…}]. Rows without names go to /invocations as instances.")
+    return from_records(records, "records", params_of(content))
 
 
 def decoded(body: bytes) -> object:

@@ -148,5 +148,5 @@ def tried(
         raise
     except Exception as error:
         if real:
-            raise Invalid(f"{version.address} cannot predict its own example ({type(error).__name__}); register it again with rows like those it will be asked about.") from error
+            raise Invalid(f"{version.address} cannot predict its own example ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]}); register it again with rows like those it will be asked about.") from error
         return []

@@ -140,7 +140,8 @@ def worker_main(order: Mapping, index: int, ports: Sequence[socket.socket], line
         run(main())
         return 0
     except BaseException as error:
-        logging.getLogger("mlops_nb.serve").error("worker %d ends: %s", index, error if isinstance(error, MlopsError) else repr(error)[:300])
+        if not isinstance(error, MlopsError):
+            logging.getLogger("mlops_nb.serve").error("worker %d ends: %s", index, repr(error)[:300])
         with suppress(OSError):
             say(line, error=str(error) if isinstance(error, MlopsError) else f"loading it failed with {type(error).__name__}")
         return 1
@@ -186,7 +187,8 @@ def heard(self: Pool, worker: Worker) -> None:
     self.failures = 0 if lived > 10 and worker.ready else self.failures + 1
     pause = 0.0 if self.failures <= 1 and worker.ready else min(0.1 * 2 ** min(self.failures, 9), 30)
     code = os.waitstatus_to_exitcode(status)
-    logging.getLogger("mlops_nb.serve").error("worker %d ended (%s); another starts %s", worker.index, f"signal {-code}" if code < 0 else f"code {code}", f"in {pause:.1f} s" if pause else "at once")
+    why = worker.error.rstrip(".") or (f"signal {-code}" if code < 0 else f"code {code}")
+    logging.getLogger("mlops_nb.serve").error("worker %d ended (%s); another starts %s", worker.index, why, f"in {pause:.1f} s" if pause else "at once")
     self.due.append((time.monotonic() + pause, worker.index))
 
 # %% ../../nbs/serve/workers.ipynb #c81a3f14
@@ -270,12 +272,13 @@ def serve(
     token_env: str = "MLOPS_TOKEN",  # environment variable with the bearer token
 ) -> None:
     "Serve models in the foreground until interrupted; `deploy` starts a server that survives the notebook."
+    from mlops_nb.serve.image import affordable
+
     if cert or cert_key:
         from mlops_nb.serve.edge import checked_tls
 
         checked_tls(cert, cert_key)
-    from mlops_nb.serve.image import cores
-
+    count = affordable(workers)
     with suppress(RuntimeError):
         asyncio.get_running_loop()
         raise Invalid("`serve` blocks until it is interrupted, so it does not run inside a notebook; use `deploy` there, or `mlops serve` in a terminal.")
@@ -284,7 +287,7 @@ def serve(
     try:
         order = {**placed_in(folder, str(getattr(model, "address", model)), traffic, shadow, key), "token_digests": [digest], "host": host, "grpc": grpc, "metrics": str(folder / "metrics"),
                  "tls": [cert, cert_key] if cert else None}
-        number, count = opened.getsockname()[1], workers or cores()
+        number = opened.getsockname()[1]
         said = f"{model} answers on http{'s' if cert else ''}://{host}:{number} with the token of {token_env} ({count} worker{'s' * (count > 1)}, plan {order['plan']}); Ctrl+C stops it."
         answer_until_stopped(order, opened, count, lambda: print(said, file=sys.stderr, flush=True))
     finally:
