@@ -305,7 +305,7 @@ def test_no_more_processes_than_the_cores_can_use(shop, monkeypatch):
             deploy("large@1", replicas=9, dry_run=dry_run)
     assert "8 workers" in planned("large@1", replicas=8)[0] and states() == []
     one = deploy("large@1")
-    with pytest.raises(Invalid, match="500 workers"):
+    with pytest.raises(Invalid, match="workers is 500"):
         one.scale(500)
     for rows in (None, 5, "two"):
         with pytest.raises(Invalid, match="is no rows; expected a frame"):

@@ -370,3 +370,10 @@ def text_model():
     texts = ["late again", "well packed", "broken on arrival", "lovely colours"]
     model = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(texts * 5, ["bad", "good"] * 10)
     return TestClient(asking_app(model, [{"name": "text", "type": "string", "form": "series"}]), headers={"Authorization": f"Bearer {TOKEN}"})
+
+
+@pytest.mark.parametrize(("value", "words"), [([1], "got a list"), ([], "got a list"), ({}, "got an object")])
+def test_what_can_be_no_category_is_refused(value, words):
+    asking = TestClient(asking_app(lambda rows: rows["c"], [{"name": "c", "type": "any", "form": "category", "categories": [True, "b"]}]), headers={"Authorization": f"Bearer {TOKEN}"})
+    got = asking.post("/predict", json=[{"c": value}])
+    assert got.status_code == 422 and f"column 'c': expected one of its categories, {words}" in got.json()["error"]

@@ -50,9 +50,12 @@ def notebook(path, *cells):
     return path
 
 
+INTERRUPTIBLE = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background job ignores it, and so would all that it starts
+
+
 def in_background(code, **environment):
     "A runner in a process of its own."
-    return subprocess.Popen([sys.executable, "-c", f"from mlops_nb.pipeline.runs import run\n{code}"], stderr=subprocess.PIPE, text=True,
+    return subprocess.Popen([sys.executable, "-c", f"{INTERRUPTIBLE}\nfrom mlops_nb.pipeline.runs import run\n{code}"], stderr=subprocess.PIPE, text=True,
                             env={**os.environ, **environment})
 
 

@@ -111,6 +111,8 @@ def typed(
 
     values = list(values)
     if column.form == "category":
+        if (odd := next((value for value in values if isinstance(value, (list, dict))), None)) is not None:
+            raise Invalid(f"column {column.name!r}: expected one of its categories, got {GOT[type(odd)]}.")
         there = [value for value in dict.fromkeys([*column.categories, *values]) if value is not None]
         return pd.Categorical(values, categories=there)  # an unknown one stays, and the model decides
     if column.kind == "string" and values.count(None) == len(values):
