@@ -27,7 +27,9 @@ from mlops_nb.deploy.engine import Container, begun, build_words, built, called,
 from mlops_nb.deploy.requirements import our_wheel
 from mlops_nb.deploy.targets import Wanted, artifacts_of, record_of, recorded, write_record
 from mlops_nb.deploy.tokens import token_of
+from mlops_nb.monitor.alerts import recent
 from mlops_nb.monitor.predictions import predictions_of
+from mlops_nb.serve import plan
 from test_deploy import ROWS, registered as three, shop as copied  # noqa: F401
 
 PLAYED = r'''#!{python}
@@ -281,6 +283,24 @@ def test_traffic_shadow_and_rollback_are_the_plans(shop, played):
     assert read_json(record_of("large")["plan"])["models"][0]["shadow"] == ""
     one.rollback()
     assert {one.predict(ROWS)[0] for _ in range(30)} == {1} and record_of("large")["model"] == "large@1" and len(played.told("run")) == 1
+
+
+def test_what_a_canary_inside_withdraws_is_history_and_one_alert_outside(shop, played):
+    one = deploy("large@1", to="docker")
+    one.traffic({"1": 90, "2": 10})
+    record = record_of("large")
+    plan.withdraw(record["plan"], "large", "2", by="canary", why="large@2 fails too often")  # as a worker inside does
+    shown = deploy("large@1", to="docker", traffic={"1": 90, "2": 10}, dry_run=True).facts["changes"]
+    assert any("1 100% -> 1 90%, 2 10%" in str(change) for change in shown), "the withdrawn version would get a share again"
+    assert recent() == []
+    for _ in range(2):
+        status = one.status()
+        assert (status["traffic"], status["withdrawn"]) == ({"1": 100}, "large@2 fails too often")
+        assert [alert["message"] for alert in recent()] == ["a canary of large was withdrawn: large@2 fails too often"]
+    last = record_of("large")["history"][-1]
+    assert (last["by"], last["traffic"], len(record_of("large")["history"])) == ("canary", {"1": 100}, len(record["history"]) + 1)
+    one.traffic({"1": 80, "2": 20})
+    assert one.status()["traffic"] == {"1": 80, "2": 20} and "withdrawn" not in one.status() and len(recent()) == 1
 
 
 def test_scaling_replaces_the_container_at_the_same_address(shop, played):

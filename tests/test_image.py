@@ -26,6 +26,7 @@ from mlops_nb.serve.image import bounds, cores, doors, main, models_of, order_of
 from mlops_nb.serve.plan import read_plan
 from mlops_nb.serve.platforms import platform_from
 
+OWN = "the-token-of-the-tests"
 SAGEMAKER, VERTEX, AZURE = {"SAGEMAKER_BIND_TO_PORT": "8080"}, {"AIP_HTTP_PORT": "8080"}, {"AZUREML_MODEL_DIR": "/nowhere"}
 
 
@@ -47,19 +48,19 @@ def baked(tmp_path):
 
 # -- who may ask -------------------------------------------------------------------------------------------------------------------------
 LET_IN = [
-    ({"MLOPS_TOKEN": "t"}, {"token_digests": [digest_of(b"t")], "tokens": None, "trusted_platform": False}),
-    ({"MLOPS_AUTH": "token", "MLOPS_TOKEN": " t "}, {"token_digests": [digest_of(b"t")], "trusted_platform": False}),
+    ({"MLOPS_TOKEN": OWN}, {"token_digests": [digest_of(OWN.encode())], "tokens": None, "trusted_platform": False}),
+    ({"MLOPS_AUTH": "token", "MLOPS_TOKEN": f" {OWN} "}, {"token_digests": [digest_of(OWN.encode())], "trusted_platform": False}),
     ({"MLOPS_AUTH": "platform", **SAGEMAKER}, {"token_digests": [], "trusted_platform": True}),
     ({"MLOPS_AUTH": "platform", **VERTEX}, {"trusted_platform": True}), ({"MLOPS_AUTH": "platform", **AZURE}, {"trusted_platform": True}),
-    ({"MLOPS_AUTH": "platform", "MLOPS_TOKEN": "t", **SAGEMAKER}, {"token_digests": [digest_of(b"t")], "trusted_platform": True}),
-    ({"MLOPS_AUTH": "token", "MLOPS_TOKEN": "t", **AZURE}, {"trusted_platform": False}),
+    ({"MLOPS_AUTH": "platform", "MLOPS_TOKEN": OWN, **SAGEMAKER}, {"token_digests": [digest_of(OWN.encode())], "trusted_platform": True}),
+    ({"MLOPS_AUTH": "token", "MLOPS_TOKEN": OWN, **AZURE}, {"trusted_platform": False}),
     ({"MLOPS_TOKENS": __file__}, {"tokens": __file__, "token_digests": []}),
 ]
 SHUT = [
     ({}, "set MLOPS_TOKEN"), ({"MLOPS_TOKEN": "  "}, "set MLOPS_TOKEN"), ({"MLOPS_AUTH": "none"}, "expected token or platform"), ({"MLOPS_AUTH": "token"}, "set MLOPS_TOKEN"),
-    ({"MLOPS_AUTH": "platform"}, "there is none here"), ({"MLOPS_AUTH": "platform", "MLOPS_TOKEN": "t"}, "there is none here"), ({"MLOPS_AUTH": "platform", "MLOPS_PLATFORM": "sagemaker"}, "there is none here"),
+    ({"MLOPS_AUTH": "platform"}, "there is none here"), ({"MLOPS_AUTH": "platform", "MLOPS_TOKEN": OWN}, "there is none here"), ({"MLOPS_AUTH": "platform", "MLOPS_PLATFORM": "sagemaker"}, "there is none here"),
     ({"MLOPS_AUTH": "platform", "MLOPS_PLATFORM": "plain", **SAGEMAKER}, "there is none here"), ({"MLOPS_AUTH": "platform", "SAGEMAKER_BIND_TO_PORT": ""}, "there is none here"),
-    (SAGEMAKER, "set MLOPS_AUTH=platform"), ({**VERTEX, "MLOPS_TOKEN": "t"}, "set MLOPS_AUTH=platform"), ({"MLOPS_AUTH": "token", **AZURE}, "set MLOPS_TOKEN"), ({"MLOPS_TOKENS": "/no/such/file"}, "no such file"),
+    ({"MLOPS_TOKEN": "secret"}, "can be guessed, it has 6 characters"), (SAGEMAKER, "set MLOPS_AUTH=platform"), ({**VERTEX, "MLOPS_TOKEN": OWN}, "set MLOPS_AUTH=platform"), ({"MLOPS_AUTH": "token", **AZURE}, "set MLOPS_TOKEN"), ({"MLOPS_TOKENS": "/no/such/file"}, "no such file"),
 ]
 
 
@@ -117,13 +118,13 @@ def test_the_newest_version_answers_and_the_others_are_loaded(baked, tmp_path):
     put(baked / "double-10", version=10)
     put(baked / "double-9", version=9)
     put(baked / "triple", name="triple", slope=3.0)
-    environ = {"MLOPS_MODELS": str(baked), "MLOPS_TOKEN": "t"}
+    environ = {"MLOPS_MODELS": str(baked), "MLOPS_TOKEN": OWN}
     plan = read_plan(order_of(platform_from(environ), environ, tmp_path)["plan"])
     assert {one.model: dict(one.traffic) for one in plan.models} == {"double": {"1": 0, "9": 0, "10": 100}, "triple": {"1": 100}}
 
 
 def test_the_order_says_what_the_environment_says(baked, tmp_path):
-    environ = {"MLOPS_MODELS": str(baked), "MLOPS_TOKEN": "t", "MLOPS_BODY_BYTES": "1000", "MLOPS_GRPC_PORT": "9001", "HOSTNAME": "pod-7", "MLOPS_WORKERS": "3"}
+    environ = {"MLOPS_MODELS": str(baked), "MLOPS_TOKEN": OWN, "MLOPS_BODY_BYTES": "1000", "MLOPS_GRPC_PORT": "9001", "HOSTNAME": "pod-7", "MLOPS_WORKERS": "3"}
     order = order_of(platform_from(environ), environ, tmp_path)
     assert json.loads(json.dumps(order)) == order, "an order crosses processes as JSON"
     assert order["limits"] == {"body_bytes": 1000} and order["grpc"] == 9001 and order["instance"] == "pod-7" and order["open_health"] and "t" not in json.dumps(order["token_digests"])[:3]
@@ -137,7 +138,7 @@ def test_the_order_says_what_the_environment_says(baked, tmp_path):
     ({"origins": " https://a.example,https://b.example ,"}, {"cors": ["https://a.example", "https://b.example"]}),
     ({"access_log": "a.jsonl"}, {"access_log": {"path": "-", "payloads": False}}), ({"access_log": "a.jsonl", "payloads": True}, {"access_log": {"path": "-", "payloads": True}}), ({"payloads": True}, {"access_log": None})])
 def test_a_section_of_the_settings_arrives_in_the_order(baked, tmp_path, section, expected):
-    environ = {"MLOPS_MODELS": str(baked), "MLOPS_TOKEN": "t", **variables_of(DeploySection(**section))}
+    environ = {"MLOPS_MODELS": str(baked), "MLOPS_TOKEN": OWN, **variables_of(DeploySection(**section))}
     order = order_of(platform_from(environ), environ, tmp_path)
     assert {key: order[key] for key in expected} == expected and "journal" not in order
 
@@ -155,7 +156,7 @@ def test_a_log_folder_that_is_not_mounted_is_off_with_a_word(tmp_path, caplog):
 
 
 def test_a_plan_that_is_given_is_followed(baked, tmp_path):
-    environ = {"MLOPS_MODELS": str(baked), "MLOPS_TOKEN": "t", "MLOPS_PLAN": str(tmp_path / "mine.json")}
+    environ = {"MLOPS_MODELS": str(baked), "MLOPS_TOKEN": OWN, "MLOPS_PLAN": str(tmp_path / "mine.json")}
     with pytest.raises(NotFound, match="no plan"):
         order_of(platform_from(environ), environ, tmp_path)
     write_json(tmp_path / "mine.json", {"models": [{"model": "double", "traffic": {"1": 100}, "shadow": ""}]})
@@ -200,13 +201,13 @@ def test_main_hands_the_order_to_the_workers(baked, monkeypatch, caplog):
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.setenv(name, os.environ.get(name, "1"))
     port = free_port()
-    assert main(["serve"], {"MLOPS_MODELS": str(baked), "MLOPS_TOKEN": "t", "MLOPS_HOST": "127.0.0.1", "MLOPS_PORT": str(port), "MLOPS_WORKERS": "2"}) == 0
+    assert main(["serve"], {"MLOPS_MODELS": str(baked), "MLOPS_TOKEN": OWN, "MLOPS_HOST": "127.0.0.1", "MLOPS_PORT": str(port), "MLOPS_WORKERS": "2"}) == 0
     assert seen["address"] == ("127.0.0.1", port) and seen["count"] == 2 and seen["order"]["bundle"] == str(baked)
     assert not Path(seen["order"]["plan"]).exists(), "what the server wrote is cleared away"
 
 
 @pytest.mark.parametrize("argv, environ, words", [(["train"], {}, "does not train"), ([], {"MLOPS_PORT": "x"}, "MLOPS_PORT is 'x'"), ([], {}, "set MLOPS_TOKEN"),
-                                                  ([], {"MLOPS_TOKEN": "t", "MLOPS_MODELS": "/none"}, "holds no model"), ([], {"MLOPS_TOKEN": "t", "MLOPS_WORKERS": "many"}, "MLOPS_WORKERS is 'many'")])
+                                                  ([], {"MLOPS_TOKEN": OWN, "MLOPS_MODELS": "/none"}, "holds no model"), ([], {"MLOPS_TOKEN": OWN, "MLOPS_WORKERS": "many"}, "MLOPS_WORKERS is 'many'")])
 def test_main_says_what_is_wrong_and_ends_with_2(baked, argv, environ, words, caplog):
     assert main(argv, {"MLOPS_MODELS": str(baked), **environ}) == 2
     assert words in caplog.text and "Traceback" not in caplog.text
@@ -214,7 +215,7 @@ def test_main_says_what_is_wrong_and_ends_with_2(baked, argv, environ, words, ca
 
 def test_a_taken_port_is_said(baked, caplog):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        environ = {"MLOPS_MODELS": str(baked), "MLOPS_TOKEN": "t", "MLOPS_HOST": "127.0.0.1", "MLOPS_PORT": str(taken.getsockname()[1])}
+        environ = {"MLOPS_MODELS": str(baked), "MLOPS_TOKEN": OWN, "MLOPS_HOST": "127.0.0.1", "MLOPS_PORT": str(taken.getsockname()[1])}
         assert main([], environ) == 2 and "is taken by another process" in caplog.text
     assert issubclass(Conflict, Exception) and image.main is main
 
@@ -270,23 +271,23 @@ posix = pytest.mark.skipif(os.name != "posix", reason="the workers of an image a
 
 @posix
 def test_docker_run_with_a_token(baked, tmp_path):
-    with Container(tmp_path / "log", MLOPS_MODELS=str(baked), MLOPS_TOKEN="secret-token") as one:
+    with Container(tmp_path / "log", MLOPS_MODELS=str(baked), MLOPS_TOKEN=OWN) as one:
         body = {"instances": [{"x": 3.0}]}
         assert one.client.post("/invocations", json=body).status_code == 401
-        assert one.client.post("/invocations", json=body, headers={"Authorization": "Bearer secret-token"}).json() == {"predictions": [pytest.approx(6.0)]}
-        assert one.client.post("/score", json={"input_data": [[1.0]]}, headers={"Authorization": "Bearer secret-token"}).status_code == 404
+        assert one.client.post("/invocations", json=body, headers={"Authorization": f"Bearer {OWN}"}).json() == {"predictions": [pytest.approx(6.0)]}
+        assert one.client.post("/score", json={"input_data": [[1.0]]}, headers={"Authorization": f"Bearer {OWN}"}).status_code == 404
         assert one.stop() == 0
-    assert "secret-token" not in (tmp_path / "log").read_text()
+    assert OWN not in (tmp_path / "log").read_text()
 
 
 @posix
 def test_predictions_are_written_down_and_a_disk_that_takes_none_stops_nothing(baked, tmp_path):
-    log, door = PredictionLog(tmp_path / "predictions"), {"Authorization": "Bearer secret-token"}
+    log, door = PredictionLog(tmp_path / "predictions"), {"Authorization": f"Bearer {OWN}"}
     today = datetime.now(timezone.utc)
     blocked = [log.folder / f"{today + timedelta(days=one):%Y-%m-%d}.jsonl" for one in (0, 1)]
     for one in blocked:
         one.mkdir(parents=True)  # a fault that stops root, too
-    with Container(tmp_path / "log", MLOPS_MODELS=str(baked), MLOPS_TOKEN="secret-token", MLOPS_PREDICTIONS=str(log.folder)) as one:
+    with Container(tmp_path / "log", MLOPS_MODELS=str(baked), MLOPS_TOKEN=OWN, MLOPS_PREDICTIONS=str(log.folder)) as one:
         ask = lambda: one.client.post("/invocations", json={"instances": [{"x": 3.0}]}, headers=door).json()
         lost = lambda: one.client.get("/health", headers=door).json()["log_errors"]
         assert ask() == {"predictions": [pytest.approx(6.0)]}

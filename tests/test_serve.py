@@ -230,6 +230,9 @@ def test_serve_wants_a_token_and_a_free_port(monkeypatch):
     monkeypatch.delenv("MLOPS_TOKEN", raising=False)
     with pytest.raises(Invalid, match="export MLOPS_TOKEN="):
         serve("recommender@champion")
+    monkeypatch.setenv("MLOPS_TOKEN", "secret")
+    with pytest.raises(Invalid, match="MLOPS_TOKEN can be guessed, it has 6 characters; expected at least 16"):
+        serve("recommender@champion")
     monkeypatch.setenv("MLOPS_TOKEN", TOKEN)
     with listen() as taken, pytest.raises(Conflict, match="taken by another process"):
         serve("recommender@champion", port=taken.getsockname()[1])

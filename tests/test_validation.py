@@ -8,11 +8,14 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sk
 from sklearn.dummy import DummyClassifier
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 from mlops_nb.core.errors import GateFailed, Invalid, NotFound
 from mlops_nb.core.settings import in_project
 from mlops_nb.model.recommender import Recommender
+from mlops_nb.model.registry import register
 from mlops_nb.validate.baselines import ItemKNN, Popularity
 from mlops_nb.validate.validation import purchase_figures, validate
 from projects import SMALL, shop  # noqa: F401
@@ -147,7 +150,7 @@ def test_a_class_that_training_never_saw_counts_against_the_model(rows):
 def test_champion_and_challenger(inside, rows, monkeypatch, tmp_path):
     """A weak champion, a good challenger, a worse one; the settings' gate on the gain holds from the second version on."""
     from mlops_nb.data.store import save
-    from mlops_nb.model.registry import attached, promote, register
+    from mlops_nb.model.registry import attached, promote
 
     train, holdout = rows
     save(train, "train")
@@ -178,8 +181,6 @@ def test_champion_and_challenger(inside, rows, monkeypatch, tmp_path):
 
 
 def test_an_outsider_may_be_compared_with_an_address(inside, rows):
-    from mlops_nb.model.registry import register
-
     train, holdout = rows
     register(LogisticRegression().fit(train[["b"]], train.y), "buyer", example=train[["b"]].head(3))
     model = LogisticRegression().fit(train[["a", "b"]], train.y)
@@ -191,7 +192,6 @@ def test_an_outsider_may_be_compared_with_an_address(inside, rows):
 def test_a_holdout_may_be_any_table(inside, rows):
     import pyarrow as pa
 
-    from mlops_nb.model.registry import register
 
     train, holdout = rows
     register(LogisticRegression().fit(train[["a", "b"]], train.y), "buyer", example=train[["a", "b"]].head(3))
@@ -228,3 +228,25 @@ def test_validating_twice_says_the_same(rows):
     model = LogisticRegression().fit(train[["a", "b"]], train.y)
     once, again = (validate(model, holdout, target="y", **QUICK).json() for _ in range(2))
     assert once == again
+
+
+# -- models of text --------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def described():
+    """What a product is called, and whether it costs more than 2.50: odd products to learn from, even ones to try."""
+    lines = pd.read_parquet(SMALL).dropna(subset=["Description"]).drop_duplicates("Description").reset_index(drop=True)
+    found = pd.DataFrame({"name": lines.Description.astype(str), "dear": lines.UnitPrice > 2.5})
+    return found.iloc[1::2], found.iloc[::2]
+
+
+def test_a_model_of_text_gets_the_texts(inside, described):
+    learned, tried = described
+    model = make_pipeline(CountVectorizer(), LogisticRegression(max_iter=500)).fit(learned.name, learned.dear)
+    facts = validate(model, tried, target="dear", **QUICK).facts
+    assert facts["accuracy"] == pytest.approx(sk.accuracy_score(tried.dear, model.predict(tried.name))) and facts["rows"] == len(tried) and facts["gain accuracy"] > 0
+    register(model, "dear", example=learned.name.head(3))
+    stored = validate("dear@1", tried.assign(row=1), target="dear", **QUICK).facts  # the column that was registered is found among others
+    assert stored["accuracy"] == facts["accuracy"]
+    with pytest.raises(Invalid, match=r"takes one column beside 'dear', and the holdout has 2 \(name, row\); give the text and the labels alone"):
+        validate(model, tried.assign(row=1), target="dear", **QUICK)

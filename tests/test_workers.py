@@ -328,6 +328,22 @@ def test_a_worker_that_is_replaced_says_why_once(caplog):
     assert [one.getMessage() for one in caplog.records] == ["worker 0 ended (there is no line@champion); another starts at once"] and made.due
 
 
+def test_a_worker_that_never_gets_ready_is_replaced(monkeypatch, caplog):
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(300)
+        os._exit(0)
+    theirs.close()
+    made = Pool({}, 1)
+    made.held[0] = Worker(0, pid, ours, time.monotonic() - 100)
+    made.step(0.0)
+    assert made.held, "it may take its time"
+    monkeypatch.setattr("mlops_nb.serve.workers.HANGS_S", 99)
+    made.step(5.0)
+    assert not made.held and made.due and [one.getMessage() for one in caplog.records] == ["worker 0 ended (not ready after 99 s); another starts in 0.2 s"]
+
+
 # ---------------------------------------------------------------- the command
 
 @pytest.fixture(scope="module")

@@ -90,6 +90,8 @@ def words_of(shares: Mapping[str, float]) -> str:
 
 
 def changes_of(target: Docker, wanted: Wanted, before: Mapping | None) -> list[Change]:
+    from mlops_nb.serve.plan import read_plan
+
     with tempfile.TemporaryDirectory() as folder:
         image = prepared(wanted, Path(folder)).image
     found = target.tool(str(wanted.options.get("engine", "")))
@@ -104,6 +106,9 @@ def changes_of(target: Docker, wanted: Wanted, before: Mapping | None) -> list[C
     if before["signature"] != signature_of(container):
         changes.append(Change("update", f"container {container.name}", "replaced: nobody answers for the seconds of a start"))
     old = {"traffic": words_of(before["shares"]), "shadow": before["shadow_version"]}
+    with suppress(MlopsError):  # a canary may have changed it since
+        entry = read_plan(before["plan"]).of(before["model"].partition("@")[0])
+        old = {"traffic": words_of(entry.traffic), "shadow": entry.shadow}
     changes += [Change("update", what, f"{old[what] or 'none'} -> {now[what] or 'none'}") for what in now if old[what] != now[what]]
     return changes or [Change("keep", f"container {container.name}", f"{before['model']} answers at {before['url']}")]
 
@@ -204,6 +209,13 @@ class Docker:
     def tool(self, asked: str = "") -> str:
         return engine(asked)
 
+    def heard(self, record: Mapping) -> Mapping:
+        "The record with what the servers have withdrawn since."
+        from mlops_nb.deploy.withdrawing import passed_on, unheard
+
+        note = artifacts_of(record["name"], self.name) / "heard.json"
+        return passed_on(record["name"], note) if unheard(record["plan"], note) else record
+
     def needed(self, record: Mapping) -> str:
         "The engine that a change needs."
         if not record["engine"]:
@@ -249,12 +261,12 @@ class Docker:
 
 # %% ../../nbs/deploy/containers.ipynb #7cd49ac2
 def status(self: Docker, record: Mapping) -> dict:
-    "What the engine and the endpoint say now."
+    "What the engine and the endpoint say now. What the servers have withdrawn is put into the history, with an alert."
     from mlops_nb.deploy.client import said
-    from mlops_nb.serve.plan import read_plan
-
-    entry = read_plan(record["plan"]).of(record["model"].partition("@")[0])
-    facts = {"state": "written, not running", "model": record["model"], "url": record["url"], "image": record["image"], "traffic": dict(entry.traffic), "shadow": entry.shadow}
+    record = self.heard(record)
+    last = record["history"][-1]
+    facts = {"state": "written, not running", "model": record["model"], "url": record["url"], "image": record["image"], "traffic": record["shares"], "shadow": record["shadow_version"],
+             **({"withdrawn": last["why"]} if last["by"] == "canary" else {})}
     if not record["engine"]:
         return {**facts, "commands": record["commands"]}
     if not (found := self.tool(record["engine"])):

@@ -24,8 +24,9 @@ from mlops_nb.core.errors import Conflict, Invalid, MlopsError, NotFound, Untrus
 from mlops_nb.core.files import digest_of, locked, timestamp, write_atomic
 
 # %% auto #0
-__all__ = ['SCOPES', 'DIGEST', 'LOG', 'LOOK_S', 'SLOTS', 'Unauthenticated', 'Forbidden', 'Grant', 'private', 'state_of', 'moment',
-           'add_token', 'rotate_token', 'revoke_token', 'listed_tokens', 'Followed', 'Tokens', 'RateLimits']
+__all__ = ['SCOPES', 'DIGEST', 'SHORTEST', 'LOG', 'LOOK_S', 'SLOTS', 'Unauthenticated', 'Forbidden', 'Grant', 'private',
+           'state_of', 'moment', 'unguessable', 'add_token', 'rotate_token', 'revoke_token', 'listed_tokens',
+           'Followed', 'Tokens', 'RateLimits']
 
 # %% ../../nbs/serve/access.ipynb #c202b517
 SCOPES = ("predict", "admin", "metrics")
@@ -89,6 +90,19 @@ def moment(
     if found <= datetime.now(timezone.utc):
         raise Invalid(f"{text!r} is over already; expected a time to come, such as 90d.")
     return timestamp(found)
+
+# %% ../../nbs/serve/access.ipynb #a5bd3604
+SHORTEST = 16  # characters of a token that a person chose
+
+
+def unguessable(
+    token: str,  # a token
+    variable: str,  # the environment variable that it comes from
+) -> str:  # the token
+    "The token itself; `Invalid` when it is short enough to be guessed."
+    if len(token) < SHORTEST:
+        raise Invalid(f"the token in {variable} can be guessed, it has {len(token)} characters; expected at least {SHORTEST}, such as `python -c 'import secrets; print(secrets.token_urlsafe(32))'` makes.")
+    return token
 
 # %% ../../nbs/serve/access.ipynb #076a3e31
 def read(content: bytes, path: Path | str) -> dict[str, dict]:

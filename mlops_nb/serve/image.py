@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from mlops_nb.core.errors import Invalid, MlopsError, NotFound
 from mlops_nb.core.files import digest_of
+from mlops_nb.serve.access import unguessable
 from mlops_nb.serve.bundle import Bundled, bundles_in, vouched
 from mlops_nb.serve.platforms import Platform, number_in, platform_from
 
@@ -74,7 +75,7 @@ def doors(
         raise Invalid("every request needs a bearer token and there is none; set MLOPS_TOKEN to one, or MLOPS_TOKENS to a file of them.")
     if file and not Path(file).is_file():
         raise NotFound(f"MLOPS_TOKENS names {file}, and there is no such file; mount it, or set MLOPS_TOKEN.")
-    return {"tokens": file or None, "token_digests": [digest_of(token.encode())] if token else [], "trusted_platform": mode == "platform"}
+    return {"tokens": file or None, "token_digests": [digest_of(unguessable(token, "MLOPS_TOKEN").encode())] if token else [], "trusted_platform": mode == "platform"}
 
 # %% ../../nbs/serve/image.ipynb #baba6b12
 def rate_in(environ: Mapping[str, str], name: str) -> float:

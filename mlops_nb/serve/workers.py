@@ -30,6 +30,9 @@ from mlops_nb.serve.worker import hear, say, working
 __all__ = ['Pool', 'token_digest_from', 'answer_until_stopped', 'serve']
 
 # %% ../../nbs/serve/workers.ipynb #00b9870e
+HANGS_S = 600  # longer than any model takes to load
+
+
 @dataclass
 class Worker:
     index: int
@@ -158,6 +161,10 @@ def step(self: Pool, timeout_s: float) -> None:
         except OSError as error:  # out of memory, processes or descriptors
             logging.getLogger("mlops_nb.serve").error("worker %d cannot be started (%s); tried again in 1 s", index, error.strerror)
             self.due.append((now + 1, index))
+    for worker in self.held.values():
+        if not worker.ready and now - worker.since > HANGS_S:
+            worker.error = f"not ready after {HANGS_S} s"
+            os.kill(worker.pid, signal.SIGKILL)  # its line ends, which is heard below
     poll = selectors.PollSelector()
     for worker in self.held.values():
         poll.register(worker.line, selectors.EVENT_READ, worker)
@@ -223,11 +230,13 @@ Pool.fork, Pool.step, Pool.heard, Pool.ready, Pool.drain = fork, step, heard, re
 
 # %% ../../nbs/serve/workers.ipynb #cc941b54
 def token_digest_from(token_env: str) -> str:
-    "The digest of the token in an environment variable; `Invalid` says how to set one."
+    "The digest of the token in an environment variable; `Invalid` says how to set one that cannot be guessed."
+    from mlops_nb.serve.access import unguessable
+
     if not (token := os.environ.get(token_env, "").strip()):
         raise Invalid(f"every request needs a bearer token and {token_env} holds none; set one, such as "
                       f"`export {token_env}=$(python -c 'import secrets; print(secrets.token_urlsafe(32))')`, and start again.")
-    return digest_of(token.encode())
+    return digest_of(unguessable(token, token_env).encode())
 
 
 def answer_until_stopped(order: dict, port: socket.socket, workers: int, said: Callable[[], object] = lambda: None) -> None:

@@ -20,6 +20,7 @@ from ..data.store import as_frame
 from ..data.store import version as data_version
 from ..model.registry import Model, attach, load_model
 from ..model.registry import model as model_at
+from ..model.trust import takes_text
 from .ranking import paired_bootstrap, ranking_metrics, relevant_items
 
 if TYPE_CHECKING:
@@ -216,7 +217,9 @@ def time_order(holdout: pd.DataFrame, history: pd.DataFrame) -> list[dict]:
 # %% ../../nbs/validate/validation.ipynb #8d8e3dc5
 def labelled(estimator: object, data: pd.DataFrame, target: str, inputs: list[str], what: str) -> tuple[pd.DataFrame, pd.Series]:
     "Inputs and labels of the rows that have a label; `Invalid` names columns that are not there."
-    names = inputs or list(getattr(estimator, "feature_names_in_", []))
+    names, text = inputs or list(getattr(estimator, "feature_names_in_", [])), takes_text(estimator)
+    if text:
+        names = [name for name in names if name in data]  # a Series without a name was registered as text
     if not target:
         others = [str(name) for name in data if names and name not in names]
         if len(others) != 1:
@@ -227,7 +230,12 @@ def labelled(estimator: object, data: pd.DataFrame, target: str, inputs: list[st
     rows = data[data[target].notna()]
     if not len(rows):
         raise Invalid(f"the column {target!r} of the {what} has no labels; expected at least one row with a label.")
-    return rows[names] if names else rows.drop(columns=target), rows[target]
+    x = rows[names] if names else rows.drop(columns=target)
+    if text:
+        if x.shape[1] != 1:
+            raise Invalid(f"a model of text takes one column beside {target!r}, and the {what} has {x.shape[1]} ({', '.join(map(str, x.columns)) or 'none'}); give the text and the labels alone.")
+        x = x.iloc[:, 0]
+    return x, rows[target]
 
 
 def measured(estimator: object, x: pd.DataFrame, y: pd.Series, task: str, how: Mapping, classes: object = None) -> dict[str, Estimate]:
@@ -257,7 +265,7 @@ def dummy(task: str, x: pd.DataFrame, y: pd.Series) -> tuple[str, object]:
 # %% ../../nbs/validate/validation.ipynb #a37f5803
 def inputs_of(subject: Subject) -> list[str]:
     "The columns a registered model was promised."
-    return [one["name"] for one in subject.version.inputs] if subject.version and hasattr(subject.estimator, "feature_names_in_") else []
+    return [one["name"] for one in subject.version.inputs] if subject.version and (hasattr(subject.estimator, "feature_names_in_") or takes_text(subject.estimator)) else []
 
 
 def judge_estimator(subject: Subject, champion: Subject | None, holdout: pd.DataFrame, history: pd.DataFrame | None, target: str, how: Mapping) -> Verdict:
