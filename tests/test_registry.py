@@ -465,6 +465,36 @@ def test_a_team_server_and_a_colleague(server, tmp_path, monkeypatch, fitted, em
         assert again.data_digests == {"orders@3": digests["orders@3"]}, "the run says what it was trained on, though the data is not here"
 
 
+def test_a_server_follows_a_team_server_and_outlives_it(server, monkeypatch, fitted, empty):
+    from mlops_nb.serve.endpoint import Endpoint
+    from mlops_nb.serve.plan import planned
+    from mlops_nb.serve.sources import RegistrySource
+
+    monkeypatch.setenv("MLOPS_TRACKING_URI", server)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with in_project(empty):
+        for _ in range(2):
+            register(fitted, "buys", example=ROWS)
+        promote("buys@1")
+    endpoint = Endpoint(RegistrySource(empty), lambda: planned("buys@champion"))
+
+    def answers(address):
+        endpoint.follow()
+        return endpoint.placed["buys"].main.address == address
+
+    assert answers("buys@1") and not endpoint.refused
+    with in_project(empty):
+        promote("buys@2")
+    until(lambda: answers("buys@2"))
+    monkeypatch.setenv("MLOPS_TRACKING_URI", f"http://127.0.0.1:{free_port('127.0.0.1')}")
+    until(lambda: answers("buys@2") and endpoint.refused)
+    assert "no MLflow server answers" in endpoint.refused["buys@champion"]
+    monkeypatch.setenv("MLOPS_TRACKING_URI", server)
+    with in_project(empty):
+        promote("buys@1")
+    until(lambda: answers("buys@1") and not endpoint.refused)
+
+
 def test_a_version_that_mlflow_pickled_is_refused(shop, tmp_path):  # noqa: F811
     import mlflow
 

@@ -377,7 +377,7 @@ def said_of(error: Exception) -> str:
 def refuse(self: Endpoint, address: str, why: str) -> None:
     self.refusing[address] = why
     if self.refused.get(address) != why:
-        LOG.warning("%s is not served: %s", address, why)
+        LOG.warning("%s is not taken, what answers goes on: %s", address, why)
         self.on_event({"at": timestamp(), "event": "refused", "model": address, "why": why})
 
 
